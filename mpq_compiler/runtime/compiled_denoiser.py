@@ -434,7 +434,7 @@ class CompiledDenoiser:
                     for value in function["inputs"]
                 ]
                 result = machine.call(function["name"], pieces, stream, capturing)
-                machine.copied(result, out.data_ptr(), begin, end - begin, stream)
+                machine.end(result, out.data_ptr(), begin, end - begin, stream, capturing)
         return out
 
     def _to_check(self, inputs: Mapping[str, Value], kind: Kind) -> tuple[dict[str, There], dict[str, Value]]:

@@ -141,7 +141,10 @@ class CudaMachine(tvm.VirtualMachine):
             raise UserError(f"there is no cuda:{device} on this machine: it has {count} GPUs, from cuda:0 on")
         self.device = device
         self._called: set[str] = set()
-        self._last: tuple[int, ctypes.c_void_p] | None = None
+        self._stream: int | None = None
+        """The stream of the last call that may go on, which ends at the event."""
+        self._captured: list[Tensor] = []
+        """What graphs of callers write to."""
         _require_memory(artifact, device)
         self._artifact, old = artifact, nvidia.driver_version() < nvidia.CUDA_13
         self._cudart = artifact.file(CUDART) if old else None
@@ -152,8 +155,11 @@ class CudaMachine(tvm.VirtualMachine):
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """Calls `function` as `VirtualMachine.run` does; the thread's current device stays."""
         with self._calling():
+            self._wait(0)
             self._called.add(function)
-            return super().run(function, inputs)
+            found = super().run(function, inputs)  # which waits
+        self._stream = None
+        return found
 
     def _load(self) -> ModuleType:
         loaded = load(self._cudart)
@@ -183,7 +189,7 @@ class CudaMachine(tvm.VirtualMachine):
     ) -> Tensor:
         """Calls `function` on a stream, without waiting for it; returns its output, a tensor on the GPU.
 
-        Its memory is the machine's: a later call may use it again once it is freed.
+        `end` takes it before the next call, for its memory is the machine's.
 
         Args:
             inputs: of each its pieces in the memory of the GPU, in order, addresses and bytes; or its values.
@@ -201,8 +207,8 @@ class CudaMachine(tvm.VirtualMachine):
             )
         handle = ctypes.c_void_p(stream)
         with self._calling(), self._ffi.use_raw_stream(self._ffi.device("cuda", self.device), stream):
-            if self._last and self._last[0] != stream and not capturing:
-                self._do("cudaStreamWaitEvent", handle, self._last[1], ctypes.c_uint(0))
+            if not capturing:
+                self._wait(stream)
             for (buffer, tensor), given in zip(staged, inputs, strict=True):
                 target = tensor.data_ptr()
                 if isinstance(given, np.ndarray):
@@ -216,9 +222,9 @@ class CudaMachine(tvm.VirtualMachine):
             if capturing:
                 with self._capture_allowed():
                     result = self._launching[function](*operands)
+                self._captured.append(result)
             else:
                 result = self._functions[function](*operands)
-                self._record(stream)
         self._called.add(function)
         return result
 
@@ -251,12 +257,15 @@ class CudaMachine(tvm.VirtualMachine):
         finally:
             self._do("cudaThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
-    def copied(self, tensor: Tensor, target: int, begin: int, count: int, stream: int) -> None:
-        """Copies samples of an output, from the first on, to where sample `begin` of a larger one lies, on a stream."""
-        size = _bytes(tensor) // int(tensor.shape[0])
+    def end(self, output: Tensor, target: int, begin: int, count: int, stream: int, capturing: bool) -> None:
+        """Ends a call on its stream: samples of its output go to where sample `begin` of a larger one lies."""
+        size = _bytes(output) // int(output.shape[0])
         with self._calling():
             handle = ctypes.c_void_p(stream)
-            self._copy(target + begin * size, tensor.data_ptr(), count * size, _ON_DEVICE, handle)
+            self._copy(target + begin * size, output.data_ptr(), count * size, _ON_DEVICE, handle)
+            if not capturing:
+                self._do("cudaEventRecord", self._event, handle)
+                self._stream = stream
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Tensor:
         """A tensor on the GPU, of the runtime's own."""
@@ -282,13 +291,16 @@ class CudaMachine(tvm.VirtualMachine):
         places = ctypes.c_void_p(target), ctypes.c_void_p(source)
         self._do("cudaMemcpyAsync", *places, ctypes.c_size_t(size), kind, stream)
 
-    def _record(self, stream: int) -> None:
-        """Remembers where on its stream this call ends."""
-        event = self._last[1] if self._last else ctypes.c_void_p()
-        if not self._last:
-            self._do("cudaEventCreate", ctypes.byref(event))
-        self._do("cudaEventRecord", event, ctypes.c_void_p(stream))
-        self._last = stream, event
+    @functools.cached_property
+    def _event(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        self._do("cudaEventCreate", ctypes.byref(event))
+        return event
+
+    def _wait(self, stream: int) -> None:
+        """What comes next on a stream waits for the last call, if that was on another one."""
+        if self._stream not in (None, stream):
+            self._do("cudaStreamWaitEvent", ctypes.c_void_p(stream), self._event, ctypes.c_uint(0))
 
     @contextmanager
     def _dropping(self, stored: Iterable[np.ndarray]) -> Iterator[None]:

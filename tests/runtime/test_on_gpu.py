@@ -108,7 +108,7 @@ def call():
     taken = [on_gpu.taken(n, t, denoiser._kinds[0].inputs[n], machine.from_dlpack) for n, t in tensors.items()]
     pieces = [each.rows(0, 2, 2, 2) for each in taken]
     result = machine.call("denoise_b2", pieces, stream.value, True)
-    machine.copied(result, out.data_ptr(), 0, 2, stream.value)
+    machine.end(result, out.data_ptr(), 0, 2, stream.value, True)
 
 assert driver.cudaStreamBeginCapture(stream, 0) == 0
 call()
