@@ -87,12 +87,12 @@ def compiled(problem: QuantMatmul | FastAttention) -> list[bytes]:
     return found
 
 
-def tile(problem: QuantMatmul | FastAttention) -> str:
+def tile(problem: QuantMatmul | FastAttention, hopper: bool) -> str:
     """Of a block of threads, in words."""
     if isinstance(problem, FastAttention):
         own = fast_attention.tile(problem)
         return f"{own.queries} x {own.keys}"
-    found = tiles.tile(problem)
+    found = (wgmma if hopper else tiles).tile(problem)
     return f"{found.rows} x {found.columns}"
 
 
@@ -178,7 +178,7 @@ def main() -> None:
     with terminal.progress("compiling kernels", len(chosen)) as advance:
         for name, problem in chosen.items():
             for code, kind in zip(compiled(problem), ("", " wgmma"), strict=False):
-                rows += measure(name + kind, code, tile(problem))
+                rows += measure(name + kind, code, tile(problem, bool(kind)))
             advance(1)
     if options.cutlass:
         rows += measure("CUTLASS w8", cutlass(options.cutlass), "128 x 128")

@@ -97,7 +97,7 @@ def _require_memory(artifact: Artifact, number: int, free: int | None = None) ->
 def _free_memory() -> int | None:
     """Free bytes of the GPU that is used; None where CUDA's runtime does not tell."""
     free, total = ctypes.c_size_t(), ctypes.c_size_t()
-    failed = ctypes.CDLL(None).cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
+    failed = _runtime().cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total))
     return None if failed else free.value
 
 
@@ -114,10 +114,16 @@ def _bytes(tensor: Tensor) -> int:
     return int(np.prod(tuple(tensor.shape), dtype=np.int64)) * np.dtype(str(tensor.dtype)).itemsize
 
 
-def _error(code: int) -> str:
+@functools.cache
+def _runtime() -> ctypes.CDLL:
+    """CUDA's runtime library, which `load` has loaded for all."""
     runtime = ctypes.CDLL(None)
     runtime.cudaGetErrorString.restype = ctypes.c_char_p
-    return f"{runtime.cudaGetErrorString(code).decode()} ({code})"
+    return runtime
+
+
+def _error(code: int) -> str:
+    return f"{_runtime().cudaGetErrorString(code).decode()} ({code})"
 
 
 class CudaMachine(tvm.VirtualMachine):
@@ -181,7 +187,7 @@ class CudaMachine(tvm.VirtualMachine):
 
     def _do(self, name: str, *arguments: object) -> None:
         """Calls CUDA's runtime. UserError: it fails."""
-        if code := getattr(ctypes.CDLL(None), name)(*arguments):
+        if code := getattr(_runtime(), name)(*arguments):
             raise UserError(f"the GPU does not go on: {name} says {_error(code)}")
 
     def call(

@@ -12,7 +12,7 @@ from typing import Any
 from . import bits, machine
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-PATIENCE = 150
+PATIENCE = 60
 """Seconds of one tool."""
 
 

@@ -51,8 +51,7 @@ def tile(problem: QuantMatmul) -> Tile:
     """The tile of `gemm.tiles`, whose warps have all rows and a part of the channels each.
 
     Of a linear layer no more than 64 channels, and a stage more: twice as many blocks hide more than fewer activations
-    save (an H200's times, docs/targets.md). The addresses of a convolution's copies cost more than that: eight warps
-    share them, four for each half of the channels.
+    save (an H200's times, docs/targets.md); not of a convolution, whose 128 channels are shared by eight warps.
     """
     found = tiles.tile(problem)
     if problem.pointwise:
