@@ -184,7 +184,7 @@ class Kernel:
                 store(self.row_group, group, i)
 
     def _find_inside(self, i: int, top: Index, left: Index, there: Index) -> None:
-        """There: whether the row is one."""
+        """Finds which taps of a row meet the image. there: whether the row is one of the product's."""
         p, words = self.p, -(-self.w.taps // 32)
 
         def within(first: Index, size: int, count: int) -> list[Expr]:
