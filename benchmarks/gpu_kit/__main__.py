@@ -37,6 +37,7 @@ from tests.harness.cuda import recorder
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("test_gemm.py", "test_kernels.py", "test_fast_attention.py")
 PYTHONS = ("3.11", "3.12")
+NO_HEADERS = shutil.ignore_patterns("__pycache__", "include", "share", "3rdparty", "licenses", "*.pyi", "cmake")
 MOST = 40 << 20
 """Bytes of a kit that is carried along."""
 COUNTED = {
@@ -81,15 +82,18 @@ def tables(folder: Path, levels: list[int], batches: list[int], only: str, size:
     (folder / "cases.json").write_text(json.dumps(found) + "\n")
 
 
-def carried(folder: Path) -> None:
+def carried(folder: Path, pythons: list[str]) -> None:
     """What a bare machine lacks: TVM's runtime, tvm-ffi for each Python, this project's own runtime, diffusers."""
     folder.mkdir()
     library = tvm.library_path()
     for name in (library.name, "libtvm_runtime_cuda.so"):
         shutil.copy2(library.with_name(name), folder / name)
     pin = f"apache-tvm-ffi=={importlib.metadata.version('apache-tvm-ffi')}"
-    for python in PYTHONS:
+    for python in pythons:
         own = folder / f"cp{python.replace('.', '')}"
+        if python == "{}.{}".format(*sys.version_info[:2]):
+            shutil.copytree(_package("tvm_ffi"), own / "tvm_ffi", ignore=NO_HEADERS)
+            continue
         with tempfile.TemporaryDirectory(prefix="mpq-kit-") as wheels:
             platforms = [word for n in (17, 24, 28) for word in ("--platform", f"manylinux_2_{n}_x86_64")]
             command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", *platforms]
@@ -100,9 +104,8 @@ def carried(folder: Path) -> None:
             if done.returncode:
                 raise UserError(f"{pin} for Python {python} cannot be downloaded: {done.stderr.strip()[-300:]}")
             (wheel,) = Path(wheels).glob("*.whl")
-            shutil.unpack_archive(wheel, own, "zip")
-        for unused in ("include", "share", "3rdparty", "licenses"):
-            shutil.rmtree(own / "tvm_ffi" / unused, ignore_errors=True)
+            shutil.unpack_archive(wheel, Path(wheels, "all"), "zip")
+            shutil.copytree(Path(wheels, "all", "tvm_ffi"), own / "tvm_ffi", ignore=NO_HEADERS)
     python_alone = shutil.ignore_patterns("__pycache__", "*.so", "*.safetensors", "passes", "backends")
     shutil.copytree(ROOT / "mpq_compiler", folder / "mpq_compiler", symlinks=False, ignore=python_alone)
     for package in ("importlib_metadata", "zipp"):
@@ -138,7 +141,7 @@ def build(options: argparse.Namespace) -> None:
         there = Path(__file__).parent / "there"
         shutil.copytree(there, made / "there", ignore=shutil.ignore_patterns("__pycache__", "run.py"))
         shutil.copy2(there / "run.py", made / "run.py")
-        carried(made / "lib")
+        carried(made / "lib", options.pythons)
         terminal.say("lib: what a bare machine lacks")
         tables(made / "tables", options.levels, options.batch, options.only, options.size)
         models.put(made / "models", denoisers, options.levels, options.jobs)
@@ -163,6 +166,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["fashion-unet"], metavar="MODEL[=NAME:ARTIFACT]",
                         help="of step 5: bundled models, or shapes with their artifact (fashion-unet)")  # fmt: skip
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="of step 1: suites of tests/backends/cuda")
+    parser.add_argument("--pythons", nargs="*", choices=PYTHONS, default=list(PYTHONS), help="of the machine (both)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
     try:
         build(parser.parse_args())

@@ -24,7 +24,8 @@ from tests.harness.cuda import emulator, nvcc
 from tests.harness.shapes import make_case, quantize, reference
 from tests.harness.tree import ROOT
 
-SMALL = ("--size", "0.05", "--only", "sd15 4096", "--batch", "2", "--levels", "90", "--jobs", "1")
+HERE = "{}.{}".format(*sys.version_info[:2])
+SMALL = ("--size", "0.05", "--only", "sd15 4096", "--batch", "2", "--levels", "90", "--jobs", "1", "--pythons", HERE)
 
 
 @pytest.fixture(scope="module")
