@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("tvm")
 from mpq_compiler.backends.tvm.kernels.cuda import weights, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
@@ -27,9 +28,9 @@ linear = QuantMatmul.linear
 Build = Callable[[QuantMatmul, str], Any]
 
 SPLIT: Problems = [
-    (2, linear((10,), 1100, 64, bits=4, groups=2, has_offset=True)),
+    (2, linear((10,), 1612, 64, bits=4, groups=2, has_offset=True)),
     (3, linear((1,), 2048, 70, dynamic=True)),
-    (1, QuantMatmul(5, 6, 100, 64, (3, 3), padding=(1, 1, 1, 1), bits=2, has_offset=True)),
+    (1, QuantMatmul(5, 6, 180, 64, (3, 3), padding=(1, 1, 1, 1), bits=2, has_offset=True)),
 ]
 IMAGES: Problems = [
     IMAGE,
@@ -77,6 +78,7 @@ def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[
 )
 @pytest.mark.parametrize("build", [gemm.build, wgmma.build], ids=["mma", "wgmma"])
 def test_the_bits_of_the_definition(problems, build):
+    assert all((tiles.most_splits(p) > 1) == (problems is SPLIT) for _, p in problems)
     problems = [(batch, p) for batch, p in problems if build is gemm.build or len(p.segments) == 1]
     for case, (out,) in run(problems, build):
         np.testing.assert_array_equal(out.view(np.uint32), reference(case).view(np.uint32), str(case.problem))

@@ -395,7 +395,7 @@ def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
 
 CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)
 WIDE = QuantMatmul.linear((130,), 298, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
-LONG = QuantMatmul.linear((5,), 1100, 60, bits=4, groups=3, has_offset=True)
+LONG = QuantMatmul.linear((5,), 1612, 60, bits=4, groups=3, has_offset=True)
 ROWS = norms_problems.LayerNorm(7, 2100, eps=1e-2)  # by a block of threads each
 HEADS = Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
 FAST = fast_attention_problems.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))

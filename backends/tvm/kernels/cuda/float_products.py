@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, spa
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, local, primfunc, rolled
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
@@ -108,7 +108,7 @@ class Kernel(kernel.Kernel):
         self._load_weights(0, 0)
         T.evaluate(T.ptx.cp.async_.commit_group())
         self._put(0, 0)
-        with rolled(w.steps) as step:
+        with T.serial(0, w.steps) as step:
             T.evaluate(T.ptx.cp.async_.wait_group(0))
             barrier()
             ahead = T.bind(step + 1)

@@ -360,7 +360,7 @@ class Kernel:
             T.evaluate(T.ptx.cp.async_.commit_group())
         turn = local(1, "int32")
         store(turn, tirx.IntImm("int32", 0), 0)
-        with rolled(steps) as step:
+        with rolled(steps) if self.asynchronous else T.serial(0, steps) as step:
             stage = vmath.keep(turn[0])  # step % t.stages
             store(turn, T.Select(stage < t.stages - 1, stage + 1, 0), 0)
             self._land(t.stages - 2)
