@@ -159,7 +159,7 @@ def main() -> None:
         prog="python -m benchmarks.gpu_kit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--build", type=Path, metavar="DIR", required=True, help="the folder to build")
-    parser.add_argument("--levels", type=int, nargs="*", default=[80, 90], help="compute capabilities (80 90)")
+    parser.add_argument("--levels", type=int, nargs="*", default=[90], help="compute capabilities of the machine (90)")
     parser.add_argument("--batch", type=int, nargs="*", default=[1, 2], help="batch sizes of step 3 (1 2)")
     parser.add_argument("--only", default="", help="of step 3: cases whose names contain this")
     parser.add_argument("--size", type=float, default=1, help="scales the shapes of step 3 (1)")
