@@ -20,15 +20,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
 from benchmarks.gpu_kit import cases, models
-from benchmarks.gpu_kit.there import whole
 from mpq_compiler.runtime import tvm
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError
@@ -110,7 +110,9 @@ def carried(folder: Path, pythons: list[str]) -> None:
     shutil.copytree(ROOT / "mpq_compiler", folder / "mpq_compiler", symlinks=False, ignore=python_alone)
     for package in ("importlib_metadata", "zipp"):
         shutil.copytree(_package(package), folder / package, ignore=python_alone)
-    whole.archived(_package("diffusers"), folder / "diffusers.zip")
+    diffusers = _package("diffusers")
+    with (folder / "diffusers.zip").open("wb") as stream:
+        zipped(stream, sorted(diffusers.rglob("*.py")), diffusers.parent, zipfile.ZIP_LZMA)
 
 
 def _package(name: str) -> Path:
@@ -123,10 +125,15 @@ def _package(name: str) -> Path:
 def packed(folder: Path) -> int:
     """The bytes of the folder as an archive, which is how it travels."""
     with tempfile.TemporaryFile() as stream:
-        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(folder.rglob("*")):
-                archive.write(file, file.relative_to(folder))
+        zipped(stream, sorted(folder.rglob("*")), folder, zipfile.ZIP_DEFLATED)
         return stream.tell()
+
+
+def zipped(stream: IO[bytes], files: Iterable[Path], root: Path, method: int) -> None:
+    """Writes an archive of some files below a root."""
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for file in files:
+            archive.write(file, file.relative_to(root))
 
 
 def build(options: argparse.Namespace) -> None:

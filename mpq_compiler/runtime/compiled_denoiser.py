@@ -394,34 +394,35 @@ class CompiledDenoiser:
         if self._kinds[0].form is not None:
             return self._called(bound(self._signature, args, kwargs), return_dict)
         named = self._named(args, kwargs)
-        result: Value = self._convention.pack(self._predicted(named, self._kinds[0]))
+        result: Value = self._convention.pack(self._predicted(named, *self._placed(named, self._kinds[0])))
         return DenoiserOutput(result) if return_dict else (result,)
 
-    def _predicted(self, inputs: Mapping[str, Value], kind: Kind, fitted: Fitted | None = None) -> Value:
-        """The output for the inputs of a call, where and in the type that they ask for. fitted: as arrays, if known."""
+    def _predicted(self, inputs: Mapping[str, Value], tensors: Mapping[str, There], fitted: Fitted) -> Value:
+        """The output for the inputs of a call, as `_placed` has them: where and in the type that they ask for."""
         given = next((value for value in inputs.values() if _is_torch(value)), None)
-        if isinstance(self.executor, CudaMachine) and on_gpu.stays(inputs, self.executor.device):
-            result = self._run_there(inputs, kind, self.executor)
+        if tensors:
+            assert isinstance(self.executor, CudaMachine)
+            result = self._run_there(tensors, fitted, self.executor, given is not None)
             return result.to(given.dtype) if given is not None and _is_half(given) else result
-        found: Value = self._run(fitted or self._fitted(_in_floats(inputs), kind))
+        found: Value = self._run(fitted)
         if given is None:
             return found
         torch = _torch()
         assert torch
         return torch.from_numpy(found).to(given.device, given.dtype if _is_half(given) else None)
 
-    def _run_there(self, inputs: Mapping[str, Value], kind: Kind, machine: CudaMachine) -> Value:
+    def _run_there(
+        self, tensors: Mapping[str, There], fitted: Fitted, machine: CudaMachine, as_torch: bool
+    ) -> Value:
         """The output, float32, for tensors on the GPU: there, on the caller's stream, and nothing waits for it.
 
-        Torch's where an input is, else one of the runtime. Nothing looks whether values are finite: a look would wait.
+        A tensor of torch's or of the runtime. Nothing looks whether values are finite: a look would wait.
         """
-        tensors, arrays = self._to_check(inputs, kind)
-        fitted = self._fitted(_in_floats(arrays), kind)
         stream, capturing = on_gpu.stream_of(machine.device)
         if not capturing:
             self._require_values(tensors, machine)
         shape = (fitted.batch, *(int(extent or 0) for extent in fitted.functions[0]["output"]["shape"][1:]))
-        torch = _torch() if any(map(_is_torch, inputs.values())) else None
+        torch = _torch() if as_torch else None
         out = torch.empty(shape, device=f"cuda:{machine.device}") if torch else machine.empty(shape, "float32")
         with self._lock:
             for function, begin, end in _schedule(fitted.batch, fitted.functions):
@@ -437,8 +438,8 @@ class CompiledDenoiser:
                 machine.end(result, out.data_ptr(), begin, end - begin, stream, capturing)
         return out
 
-    def _to_check(self, inputs: Mapping[str, Value], kind: Kind) -> tuple[dict[str, There], dict[str, Value]]:
-        """Inputs that stay on the GPU; and all inputs, with arrays in place of these: for their shapes and types."""
+    def _placed(self, inputs: Mapping[str, Value], kind: Kind) -> tuple[dict[str, There], Fitted]:
+        """Inputs that stay on the GPU; and all inputs checked, zeros of their shapes and types in place of these."""
         tensors: dict[str, There] = {}
         arrays = dict(inputs)
         if isinstance(self.executor, CudaMachine) and on_gpu.stays(inputs, self.executor.device):
@@ -446,7 +447,8 @@ class CompiledDenoiser:
                 if name in kind.inputs and on_gpu.device_of(value) is not None:
                     tensors[name] = on_gpu.taken(name, value, kind.inputs[name], self.executor.from_dlpack)
                     arrays[name] = on_gpu.standing_in(tensors[name])
-        return tensors, arrays
+        floats = {name: value.float() if _is_half(value) else value for name, value in arrays.items()}
+        return tensors, self._fitted(floats, kind)
 
     def _require_values(self, tensors: Mapping[str, There], machine: CudaMachine) -> None:
         """Raises a UserError for labels beyond a table and tokens unlike the folded ones: this waits for the GPU."""
@@ -462,17 +464,19 @@ class CompiledDenoiser:
         refusals = []
         for index in range(len(self._kinds)):
             try:
-                form, inputs, fitted = self._as_kind(index, arguments)
+                form, inputs, placed = self._as_kind(index, arguments)
                 break
             except UserError as error:
                 refusals.append(error)
         else:
             raise self._refusal(refusals)
-        returned = form.returned(self._predicted(inputs, self._kinds[index], fitted))
+        returned = form.returned(self._predicted(inputs, *placed))
         return Returned(returned, form.fields) if return_dict and form.fields else returned
 
-    def _as_kind(self, index: int, arguments: Arguments) -> tuple[CallForm, Arguments, Fitted]:
-        """The call as one of a kind: its form, the inputs, and the functions that take them. UserError: it is none."""
+    def _as_kind(
+        self, index: int, arguments: Arguments
+    ) -> tuple[CallForm, Arguments, tuple[dict[str, There], Fitted]]:
+        """The call as one of a kind: its form, the inputs, and these as `_placed`. UserError: it is none."""
         form = self._kinds[index].form
         assert form is not None
         inputs, constants = form.taken(arguments, _stack)
@@ -480,7 +484,7 @@ class CompiledDenoiser:
         of = prefix(index)
         held = {path.removeprefix(of): value for path, value in self._constants.items() if path.startswith(of)}
         require_constants(values, held, form.held)
-        return form, inputs, self._fitted(_in_floats(self._to_check(inputs, self._kinds[index])[1]), self._kinds[index])
+        return form, inputs, self._placed(inputs, self._kinds[index])
 
     def _refusal(self, refusals: Sequence[UserError]) -> UserError:
         """Says in what a call differs from the nearest kind, and lists the kinds where there are several."""
@@ -702,11 +706,6 @@ def _is_torch(value: Any) -> bool:
 def _is_half(value: Any) -> bool:
     """Whether a value is a torch tensor of bfloat16 or float16."""
     return _is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
-
-
-def _in_floats(inputs: Mapping[str, Value]) -> dict[str, Value]:
-    """With what is in half precision in float32."""
-    return {name: value.float() if _is_half(value) else value for name, value in inputs.items()}
 
 
 def _values(value: Value) -> np.ndarray:

@@ -14,14 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from mpq_compiler.targets import nvidia
+
 from . import machine
 
 PATIENCE = 60
 """Seconds that a library may take: a kernel may never end."""
 
 
-def libraries() -> list[Path]:
-    return sorted((machine.HERE / "bits").glob("*.npz"))
+def fitting() -> list[Path]:
+    """The libraries that have code for this machine's GPU."""
+    level = machine.facts()["level"]
+    return [path for path in sorted((machine.HERE / "bits").glob("*.npz")) if nvidia.runs(about(path)["levels"], level)]
 
 
 def about(library: Path) -> dict[str, Any]:
@@ -34,10 +38,9 @@ def run(out: Path) -> list[str]:
     """Writes `bits.json`; returns what is wrong."""
     path = out / "bits.json"
     rows: dict[str, list[dict[str, Any]]] = json.loads(path.read_text())["libraries"] if path.exists() else {}
-    level = machine.facts()["level"]
-    for library in libraries():
+    for library in fitting():
         told = about(library)
-        if told["test"] in rows or not any(own // 10 == level // 10 and own <= level for own in told["levels"]):
+        if told["test"] in rows:
             continue
         own: list[dict[str, Any]] = []
         while len(own) < len(told["calls"]):
@@ -46,7 +49,7 @@ def run(out: Path) -> list[str]:
                 own.append({"kernel": told["calls"][len(own)]["kernel"], "crashed": True})
         rows[told["test"]] = own
         machine.say(f"{told['test']}: {_summary(own)}")
-        path.write_text(json.dumps({**machine.facts(), "libraries": rows}, indent=1) + "\n")
+        machine.write(path, {"libraries": rows})
     return [f"{test}: {call}" for test, calls in rows.items() for call in calls if not right(call)]
 
 

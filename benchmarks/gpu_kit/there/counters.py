@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,9 +40,7 @@ PATIENCE = 60
 
 def run(out: Path) -> list[str]:
     """Writes `counters.json`; returns what is wrong."""
-    program = shutil.which("ncu") or "/usr/local/cuda/bin/ncu"
-    if not Path(program).exists():
-        machine.say("ncu is not installed here: nothing is counted")
+    if (program := machine.tool("ncu", "nothing is counted")) is None:
         return []
     path = out / "counters.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -68,7 +65,7 @@ def run(out: Path) -> list[str]:
             if "failed" in found[key]:
                 failed.append(f"{key}: {found[key]['failed']}")
             machine.say(f"{key}: {len(found[key])} figures")
-            path.write_text(json.dumps({**machine.facts(), **found}, indent=1) + "\n")
+            machine.write(path, found)
     return failed
 
 

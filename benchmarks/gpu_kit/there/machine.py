@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import os
 import shutil
 import statistics
@@ -19,7 +20,7 @@ import numpy as np
 
 Call = Callable[[], object]
 HERE = Path(__file__).resolve().parents[1]
-_L2_CACHE_SIZE, _SM_COUNT = 38, 16  # cudaDevAttr...
+_L2_CACHE_SIZE = 38  # cudaDevAttrL2CacheSize
 _THREAD_LOCAL = 1  # cudaStreamCaptureModeThreadLocal
 _EVENTS = 200
 """Events at most of one measurement."""
@@ -119,19 +120,12 @@ class Device:
         self._do("cudaStreamDestroy", stream)
         return lambda: self._do("cudaGraphLaunch", executable, None)
 
-    def attribute(self, number: int) -> int:
-        value = ctypes.c_int()
-        self._do("cudaDeviceGetAttribute", ctypes.byref(value), number, 0)
-        return value.value
-
-    @property
+    @functools.cached_property
     def cache_bytes(self) -> int:
         """Of the level-2 cache."""
-        return self.attribute(_L2_CACHE_SIZE)
-
-    @property
-    def multiprocessors(self) -> int:
-        return self.attribute(_SM_COUNT)
+        value = ctypes.c_int()
+        self._do("cudaDeviceGetAttribute", ctypes.byref(value), _L2_CACHE_SIZE, 0)
+        return value.value
 
     def free_bytes(self) -> int:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -195,6 +189,25 @@ def facts() -> dict[str, Any]:
         found["clocks, temperature, driver"] = done.stdout.strip()
     options = [word for word in sys.argv[1:] if "/" not in word and word != "--out"]
     return {**found, "python": sys.version.split()[0], "command": " ".join(["run.py", *options])}
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """Writes results, and what they were measured on."""
+    path.write_text(json.dumps({**facts(), **found}, indent=1) + "\n")
+
+
+def tool(name: str, without: str) -> str | None:
+    """The path of one of NVIDIA's programs; None, and a line that says what comes of it, where it is not installed."""
+    program = shutil.which(name) or f"/usr/local/cuda/bin/{name}"
+    if Path(program).exists():
+        return program
+    say(f"{name} is not installed here: {without}")
+    return None
+
+
+def reason(error: BaseException) -> str:
+    """The kind of an error and its first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 def say(line: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +17,7 @@ PATIENCE = 60
 
 def run(out: Path) -> list[str]:
     """Writes `sanitizers.json`; returns what is wrong."""
-    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(program).exists():
-        machine.say("compute-sanitizer is not installed here: nothing is checked by it")
+    if (program := machine.tool("compute-sanitizer", "nothing is checked by it")) is None:
         return []
     path = out / "sanitizers.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -40,16 +37,13 @@ def run(out: Path) -> list[str]:
         done_calls = sum(line.startswith("done ") for line in text.splitlines())
         found[tool] = {"code": code, "calls": done_calls, "said": said[:60], "end": text.splitlines()[-3:]}
         machine.say(f"{tool}: exit code {code} after {done_calls} libraries; {said[-1] if said else 'silent'}")
-        path.write_text(json.dumps({**machine.facts(), **found}, indent=1) + "\n")
+        machine.write(path, found)
     return [f"{tool}: {found[tool]['said'][-1:]}" for tool in TOOLS if found[tool]["code"]]
 
 
 def child() -> None:
     """Makes all calls of step 1 once."""
-    level = machine.facts()["level"]
-    for library in bits.libraries():
-        told = bits.about(library)
-        if any(own // 10 == level // 10 and own <= level for own in told["levels"]):
-            for _ in bits.calls(library, twice=False):
-                pass
-            print(f"done {told['test']}", flush=True)
+    for library in bits.fitting():
+        for _ in bits.calls(library, twice=False):
+            pass
+        print(f"done {bits.about(library)['test']}", flush=True)

@@ -47,8 +47,8 @@ def run(out: Path, only: str = "") -> list[str]:
             continue
         found["cases"][case["name"]] = row = measured(case, device, torch is not None)
         machine.say(described(case, row))
-        path.write_text(json.dumps({**machine.facts(), **found}, indent=1) + "\n")
-    path.write_text(json.dumps({**machine.facts(), **found}, indent=1) + "\n")
+        machine.write(path, found)
+    machine.write(path, found)
     rows = found["cases"].items()
     return [f"{case}: {n}: {text}" for case, row in rows for n, text in {**row["wrong"], **row["failed"]}.items()]
 
@@ -89,7 +89,7 @@ def measured(case: Mapping[str, Any], device: machine.Device, compared: bool) ->
         try:
             launches[name] = make()
         except Exception as error:  # peers raise errors of many kinds
-            found["failed"][name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            found["failed"][name] = machine.reason(error)
             device.synchronize()
 
     with np.load(machine.HERE / "tables" / case["arrays"]) as stored:

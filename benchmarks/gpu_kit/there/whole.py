@@ -9,7 +9,6 @@ import re
 import shutil
 import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import numpy as np
 from . import machine
 
 ROUNDS, WINDOW = 5, 0.1
-CONTROL = "control"
 KERNELS = 30
 """Of which times are kept, those that take longest."""
 
@@ -44,7 +42,7 @@ def run(out: Path, only: str = "", compiled: bool = True) -> list[str]:
             found[key] = row = measured(model, device, torch, Path(folder), compiled)
             machine.say(f"{key}: " + json.dumps({one["name"]: round(one["us"]) for one in row["rows"]}))
             wrong += [f"{key}: {name}: {text}" for name, text in row["failed"].items()]
-            path.write_text(json.dumps({**machine.facts(), **found}, indent=1) + "\n")
+            machine.write(path, found)
     return wrong
 
 
@@ -69,7 +67,7 @@ def measured(
                 call()
             device.synchronize()
         except Exception as error:
-            found["failed"][name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            found["failed"][name] = machine.reason(error)
             return False
         calls[name], found["gpu_bytes"][name] = call, before - device.free_bytes()
         return True
@@ -145,7 +143,7 @@ def captured(torch: Any, device: machine.Device, denoiser: Any, inputs: Mapping[
         chain: list[str] = []
         one: BaseException | None = error
         while one is not None:
-            chain.append(f"{type(one).__name__}: {(str(one).strip().splitlines() or [''])[0]}")
+            chain.append(machine.reason(one))
             one = one.__context__
         return {"failed": chain}
 
@@ -228,10 +226,3 @@ def _module(torch: Any, peer: Mapping[str, Any], inputs: Mapping[str, np.ndarray
         place = given if name in peer["parameters"] else given.setdefault("added_cond_kwargs", {})
         place[name] = value
     return module, given
-
-
-def archived(folder: Path, path: Path) -> None:
-    """Packs Python sources."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
-        for file in sorted(folder.rglob("*.py")):
-            archive.write(file, file.relative_to(folder.parent))
