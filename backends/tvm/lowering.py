@@ -20,14 +20,14 @@ def behind_selection(hoisted: bool = True, decoded: bool = True) -> list[Stage]:
     """The stages behind `SelectKernels`, in order.
 
     hoisted: what does not depend on the latents becomes functions of its own; on a GPU all of a step is one graph.
-    decoded: `prepare` decodes weights; products of GPUs do it themselves.
+    decoded: `prepare` decodes weights; products of GPUs do it themselves, and what a gate does behind them.
     """
     chosen: list[Stage] = [each() for each in plan_stages.JOINING]
     if hoisted:
         chosen.append(plan_stages.HoistInvariants())
     chosen.append(plan_stages.ConcatenateInPlace())
     if not decoded:
-        chosen.append(plan_stages.FuseDequantization())
+        chosen += [plan_stages.FuseGates(), plan_stages.DecodeByShifts(), plan_stages.FuseDequantization()]
     return chosen
 
 

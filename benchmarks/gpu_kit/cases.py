@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu_kit.there import data
 from mpq_compiler.backends.tvm import kernels as templates
-from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, norms, weights, wgmma
+from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, norms, weights, wgmma, wgmma_attention
 from mpq_compiler.backends.tvm.kernels.cuda import weight_only as cuda_weight_only
 from mpq_compiler.backends.tvm.kernels.problems import attention
 from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
@@ -29,7 +29,7 @@ from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.formats.packing import unpack_codes
 from mpq_compiler.ir import ops
@@ -52,7 +52,10 @@ PICKED = 4096
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer of ``height`` rows a sample (kernel 1), or a convolution that keeps the size (kernel 3)."""
+    """A linear layer of ``height`` rows a sample (kernel 1), or a convolution that keeps the size (kernel 3).
+
+    gated: the second half of its outputs gates the first (GEGLU)
+    """
 
     model: str
     height: int
@@ -60,10 +63,12 @@ class Layer:
     channels: int
     outputs: int
     kernel: int = 1
+    gated: bool = False
 
     @property
     def name(self) -> str:
         kind, rows = ("linear", f"{self.height}") if self.linear else ("conv3x3", f"{self.height}x{self.width}")
+        kind = "geglu" if self.gated else kind
         return f"{kind} {self.model} {rows}x{self.channels}->{self.outputs}"
 
     @property
@@ -73,15 +78,19 @@ class Layer:
     def scaled(self, size: float) -> Layer:
         height, width = (n if n == 1 else max(8, round(n * size)) for n in (self.height, self.width))
         channels, outputs = (max(16, round(n * size / 16) * 16) for n in (self.channels, self.outputs))
+        outputs = max(64, round(outputs / 64) * 64) if self.gated else outputs
         return replace(self, height=height, width=width, channels=channels, outputs=outputs)
 
     def problem(self, bits: int) -> QuantMatmul:
-        """Linear layers write floats, convolutions codes, as they mostly do in a model."""
+        """Linear layers write floats, those with a gate and convolutions codes, as they mostly do in a model."""
+        own: dict[str, Any] = {"bits": bits, "integers": bits == 4}
+        if self.gated:
+            own |= {"gate": Gate("gelu"), "epilogue": REQUANTIZED}
         if self.linear:
-            return QuantMatmul.linear((self.height,), self.channels, self.outputs, bits=bits)
+            return QuantMatmul.linear((self.height,), self.channels, self.outputs, **own)
         return QuantMatmul(
             *(self.height, self.width, self.channels, self.outputs, (3, 3)),
-            padding=(1, 1, 1, 1), bits=bits, epilogue=REQUANTIZED,
+            padding=(1, 1, 1, 1), epilogue=REQUANTIZED, **own,
         )  # fmt: skip
 
     def weight_only(self) -> WeightOnly:
@@ -160,6 +169,9 @@ CASES: Sequence[Case] = (
     Layer("sdxl", 1024, 1, 1280, 1280),
     Layer("sdxl", 1024, 1, 1280, 10240),
     Layer("sdxl", 1024, 1, 5120, 1280),
+    Layer("sd15", 4096, 1, 320, 2560, gated=True),
+    Layer("sdxl", 4096, 1, 640, 5120, gated=True),
+    Layer("sdxl", 1024, 1, 1280, 10240, gated=True),
     Layer("pixart", 4096, 1, 1152, 1152),
     Layer("pixart", 4096, 1, 1152, 4608),
     Layer("sd15", 64, 64, 320, 320, 3),
@@ -204,15 +216,24 @@ def functions(case: Case, level: int) -> dict[str, Any]:
         made = ready(case.problem)
         return {
             "ready": fast_attention.build(made, "ready"),
-            "attention": fast_attention.build(case.problem, "attention"),
+            "attention": _attention_of(level)(case.problem, "attention"),
         }
     found = {}
     for name, (bits, build) in products(level).items():
         found[name] = build(case.problem(bits), name)
         found[f"{name}_prepare"] = weights.build(case.problem(bits), f"{name}_prepare")
+    if case.gated:
+        return found
     found[WEIGHT_ONLY] = cuda_weight_only.build(case.weight_only(), WEIGHT_ONLY)
     found[f"{WEIGHT_ONLY}_prepare"] = cuda_weight_only.build_pack(case.weight_only(), f"{WEIGHT_ONLY}_prepare")
     return found
+
+
+def _attention_of(level: int) -> Callable[[FastAttention, str], Any]:
+    """The builder of attentions, as artifacts for a compute capability have it."""
+    if level != nvidia.HOPPER:
+        return fast_attention.build
+    return lambda problem, name: wgmma_attention.build(problem, name) or fast_attention.build(problem, name)
 
 
 def library(case: Case, level: int, folder: Path) -> Path:
@@ -252,7 +273,8 @@ def described(case: Case, batch: int, level: int) -> tuple[dict[str, Any], dict[
             if bits not in problems_:
                 problems_[bits] = _product(case.problem(bits), batch)
             made[name] = _named(problems_[bits], name)
-        made[WEIGHT_ONLY] = _weight_only(case, batch)
+        if not case.gated:
+            made[WEIGHT_ONLY] = _weight_only(case, batch)
     stored = {f"{name}.{key}": array for name, own in made.items() for key, array in own.stored.items()}
     ours = {name: _placed(own.description, name) for name, own in made.items()}
     return {**found, "macs": case.macs(batch), "ours": ours}, stored
@@ -305,19 +327,20 @@ def _product(problem: QuantMatmul, batch: int) -> Contestant:
     arrays |= {name: {"stored": name} for name in stored} | large
     used = {a.name for a in (*given, *taken)}
     lines = edges(case)
-    return Contestant(
-        {
-            "arrays": {name: what for name, what in arrays.items() if name in used or name in {a.name for a in made}},
-            "prepare": [["{}_prepare", [a.name for a in (*given, *made)]]],
-            "prepared": [a.name for a in made],
-            "kernels": [["{}", [a.name for a in taken]]],
-            "result": "out",
-            "as": [batch, problem.out_height, problem.out_width * problem.outputs],
-            "lines": lines.shape[1] // 2,
-            "sha256": hashlib.sha256(lines.tobytes()).hexdigest(),
-        },
-        {name: array for name, array in stored.items() if name in used},
-    )
+    description = {
+        "arrays": {name: what for name, what in arrays.items() if name in used or name in {a.name for a in made}},
+        "prepare": [["{}_prepare", [a.name for a in (*given, *made)]]],
+        "prepared": [a.name for a in made],
+        "kernels": [["{}", [a.name for a in taken]]],
+        "result": "out",
+        "as": [batch, problem.out_height, problem.out_width * problem.results],
+    }
+    kept = {name: array for name, array in stored.items() if name in used}
+    if problem.gate is not None:  # whose function is ours to a few units in the last place
+        found = _picked(description, lines.astype(np.float32), 1.01 / 255)
+        return replace(found, stored=found.stored | kept)
+    exact = {"lines": lines.shape[1] // 2, "sha256": hashlib.sha256(lines.tobytes()).hexdigest()}
+    return Contestant(description | exact, kept)
 
 
 def edges(case: Product) -> np.ndarray:
@@ -331,6 +354,9 @@ def edges(case: Product) -> np.ndarray:
         part = replace(p, height=lines, padding=padding)
         x = images[:, first : first + lines].reshape(concrete(part.input_shape(), case.batch))
         own = reference(replace(case, problem=part, data={**d, "x": x}))
+        if p.gate is not None:
+            kept, through = np.split(own, 2, -1)
+            own = kept * F.gelu(torch.from_numpy(through)).numpy()
         if p.epilogue is not None:
             own = quantize(own, d["qscale"], d["qzero"], d["group"], 8)
         found.append(own.reshape(case.batch, part.out_height, -1))

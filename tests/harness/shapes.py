@@ -101,6 +101,8 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
     if p.widths:  # each table within the last
         luts = draw.integers(-p.entries // 2, p.entries // 2, (len(p.widths), p.entries)).astype(np.int8)
         luts[-1] = np.arange(p.entries) - p.entries // 2
+    if p.integers:
+        luts[...] = np.arange(-8, 8)
     data: dict[str, np.ndarray] = {
         "x": x,
         "group": draw.integers(0, p.groups, batch),
@@ -115,7 +117,7 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
     }
     if p.epilogue is not None:
         out = concrete(p.output_shape(), batch)
-        size = {"full": out, "sample": (batch, p.outputs), "channel": (p.outputs,), "scalar": (1,)}
+        size = {"full": out, "sample": (batch, p.results), "channel": (p.results,), "scalar": (1,)}
         for i, operand in enumerate(p.epilogue.operands):
             data[f"operand{i}"] = draw.standard_normal(size[operand.kind]).astype(np.float32)
         data["qscale"] = (draw.random(p.groups) + 0.5).astype(np.float32)
@@ -143,7 +145,7 @@ def _columns(x: np.ndarray, problem: QuantMatmul) -> np.ndarray:
 
 
 def reference(case: Case) -> np.ndarray:
-    """What the kernel returns, before the epilogue: float32 [B, ..., O]."""
+    """What the kernel returns, before gate and epilogue: float32 [B, ..., O]."""
     p, d = case.problem, case.data
     batch, kh, kw = case.batch, *p.kernel
     x = d["x"].reshape(batch, p.height, p.width, p.channels).astype(np.int64)
@@ -185,7 +187,7 @@ def reference(case: Case) -> np.ndarray:
     if p.has_offset:
         for total, scale in sums:
             y = fma(total, scale * d["stored_offset"].astype(np.float32), y)
-    return y.reshape(concrete(p.output_shape(), batch))
+    return y.reshape(*concrete(p.output_shape(), batch)[:-1], p.outputs)
 
 
 def quantize(x: np.ndarray, scale: np.ndarray, zero: np.ndarray, group: np.ndarray, bits: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from torch import fx
 
 from mpq_compiler.backends.tvm.emit import floats, movement, packed, pointwise
@@ -111,7 +112,13 @@ class SelectKernels(LoweringStage[Lowered]):
         functions = [_function(self.program, self.batches, preparation)]
         functions += [_function(o.program, o.batches, preparation, f"_{o.name}") for o in self.others]
         stored = tuple(Value(name, t.array.shape, str(t.array.dtype)) for name, t in tensors.items())
-        return Lowered(stored, tuple(preparation.calls), (), tuple(functions)).linked()
+        integers = frozenset(name for name, each in tensors.items() if _holds_integers(each.array))
+        return Lowered(stored, tuple(preparation.calls), (), tuple(functions), integers).linked()
+
+
+def _holds_integers(table: np.ndarray) -> bool:
+    """Whether each row of a table of 16 entries is -8 to 7."""
+    return table.dtype == np.int8 and table.shape[1:] == (16,) and bool((table == np.arange(-8, 8)).all())
 
 
 def _function(program: Program, batches: Sequence[int], preparation: Preparation, suffix: str = "") -> Function:

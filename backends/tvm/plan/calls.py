@@ -177,12 +177,14 @@ class Lowered:
     """``prepare(stored...) -> prepared`` and the functions, all of which take everything that is prepared.
 
     prepared: names of the values that a function reads and `prepare` makes or hands on
+    integers: names of stored tables of 16 entries that hold -8 to 7
     """
 
     stored: tuple[Value, ...] = ()
     preparation: tuple[Call, ...] = ()
     prepared: tuple[str, ...] = ()
     functions: tuple[Function, ...] = ()
+    integers: frozenset[str] = frozenset()
 
     def kernels(self) -> dict[Kernel, str]:
         """The kernels, each with the node that asks for it first."""

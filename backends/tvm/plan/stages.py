@@ -1,7 +1,7 @@
 """The stages behind the selection of kernels: each turns the plan into one of fewer or cheaper calls, bit for bit.
 
-A value that others read keeps its name, so that plans can be compared value by value. The rules are in `fuse`, `hoist`
-and `weight_only`; a stage applies one of them to a whole plan.
+A value that others read keeps its name, so that plans can be compared value by value. The rules are in `fuse`, `hoist`,
+`gates`, `integers` and `weight_only`; a stage applies one of them to a whole plan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
-from mpq_compiler.backends.tvm.plan import fuse, hoist, weight_only
+from mpq_compiler.backends.tvm.plan import fuse, gates, hoist, integers, weight_only
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Lowered, needed
 from mpq_compiler.pipeline.stages import LoweringStage
 
@@ -95,6 +95,20 @@ class ConcatenateInPlace(_FunctionStage):
     def changed(self, function: Function) -> Function:
         own = fuse.in_place(function.own, function.values, function.output.name)
         return replace(function, own=own, copied=tuple(fuse.copies(own).items()))
+
+
+class FuseGates(LoweringStage[Lowered]):
+    """The product whose halves a gate joins (GEGLU, SwiGLU) computes it, and writes half as much: codes, perhaps."""
+
+    def run(self, plan: Lowered) -> Lowered:
+        return gates.join(plan)
+
+
+class DecodeByShifts(LoweringStage[Lowered]):
+    """Products decode codes of 4 bits that number integers without a gap by shifts, and read no table of them."""
+
+    def run(self, plan: Lowered) -> Lowered:
+        return integers.decode_by_shifts(plan)
 
 
 class FuseDequantization(LoweringStage[Lowered]):

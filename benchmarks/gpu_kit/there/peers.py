@@ -12,6 +12,7 @@ Call = Callable[[], object]
 HALF, INT8, FP8 = "torch fp16", "torch int8 (_int_mm)", "torch fp8 (_scaled_mm)"
 OF = {
     "linear": (HALF, INT8, FP8),
+    "geglu": (HALF,),
     "conv3x3": (HALF,),
     "attention": ("torch SDPA bf16", "torch SDPA fp16"),
     "groupnorm": (HALF,),
@@ -47,7 +48,14 @@ def make(name: str, case: Mapping[str, Any]) -> Call:
         return lambda: torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, **fast)
     half = {"dtype": torch.float16, "device": "cuda"}
     x, weight, bias = (torch.randn(shape, **half) for shape in ((rows, channels), (outputs, channels), (outputs,)))
+    if case["kind"] == "geglu":
+        return lambda: _gated(F.linear(x, weight, bias))
     return lambda: F.linear(x, weight, bias)
+
+
+def _gated(x: torch.Tensor) -> torch.Tensor:
+    kept, through = x.chunk(2, -1)
+    return kept * F.gelu(through)
 
 
 def _norm(case: Mapping[str, Any]) -> Call:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
+from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, wgmma_attention
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, arguments, outputs
 from mpq_compiler.backends.tvm.toolchain import machine_code
@@ -35,10 +37,13 @@ PROBLEMS = {
     "one query": FastAttention(1, 40, 2, 16),
     "mask": FastAttention(20, 70, 3, 9, mask=("B", 3, 20, 70)),
     "mask of keys, two fragments": FastAttention(130, 90, 2, 16, mask=(1, 1, 1, 90)),
+    "five steps, D 64": FastAttention(70, 300, 1, 64),
+    "three steps of whole matrices, D 72": FastAttention(70, 136, 2, 72),
     "32 keys, D 160": FastAttention(20, 70, 1, 160),
     "two parts, D 300": FastAttention(9, 20, 1, 300),
     "four parts, D 512": FastAttention(33, 40, 1, 512),
 }
+Build = Callable[[FastAttention, str], Any]
 SPOILED = "49 tokens, D 24"
 QUANTIZING = "two fragments, cross, D 40"
 
@@ -50,11 +55,13 @@ def spoil(which: int) -> list[np.ndarray]:
     return inputs
 
 
-def run(problems: dict[str, FastAttention], inputs: dict[str, list[np.ndarray]]) -> dict[str, list[np.ndarray]]:
+def run(
+    problems: dict[str, FastAttention], inputs: dict[str, list[np.ndarray]], build: Build = fast_attention.build
+) -> dict[str, list[np.ndarray]]:
     """Of each the words of keys and values, and its result, whenever copies happen."""
     names = {name: f"kernel{i}" for i, name in enumerate(problems)}
     functions = {f"{n}_ready": fast_attention.build(ready(problems[name]), f"{n}_ready") for name, n in names.items()}
-    functions |= {n: fast_attention.build(problems[name], n) for name, n in names.items()}
+    functions |= {n: build(problems[name], n) for name, n in names.items()}
     library = Library(functions, recorder.UNIT)
     first = []
     for name, problem in problems.items():
@@ -88,14 +95,35 @@ def test_against_its_meaning(results, name):
     assert error(results[name][-1], expected) <= numerics.BOUNDS[BF16]
 
 
+@pytest.fixture(scope="module")
+def together() -> dict[str, list[np.ndarray]]:
+    """The results of four warps together, of the problems that they have room for, and of one with NaN in values."""
+    kernels.needs()
+    problems = {name: problem for name, problem in PROBLEMS.items() if wgmma_attention.tile(problem)}
+    inputs = {name: inputs_of(problem) for name, problem in problems.items()}
+    problems["NaN 2"], inputs["NaN 2"] = PROBLEMS[SPOILED], spoil(2)
+    return run(problems, inputs, wgmma_attention.build)
+
+
+def test_four_warps_together(results, together):
+    """The meaning, and almost the bits of a warp alone, whose sums have the same terms in another order."""
+    assert len(together) >= 8
+    for name, found in together.items():
+        if name in PROBLEMS:
+            expected = meaning(PROBLEMS[name], inputs_of(PROBLEMS[name]), BF16)
+            assert error(found[-1], expected) <= numerics.BOUNDS[BF16], name
+        assert (np.isnan(found[-1]) == np.isnan(results[name][-1])).all(), name
+
+
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_words_of_keys_and_values(results, name):
-    """Pairs of neighbouring dimensions, pairs of neighbouring keys; zero where there is no second one."""
+    """Pairs of neighbouring dimensions; of values 8 keys of a dimension, then of the next; zero where there are none."""
     p, (k, v) = PROBLEMS[name], (torch.from_numpy(x) for x in inputs_of(PROBLEMS[name])[1:3])
     heads = [x.reshape(BATCH, p.keys, p.heads, p.dim).transpose(1, 2).bfloat16() for x in (k, v)]
     keys = torch.nn.functional.pad(heads[0], (0, p.dim % 2)).contiguous().view(torch.int32)
-    values = torch.nn.functional.pad(heads[1], (0, 0, 0, p.keys % 2)).unflatten(2, (-1, 2))
-    values = values.transpose(3, 4).contiguous().view(torch.int32)[..., 0]
+    padded = torch.nn.functional.pad(heads[1], (0, 0, 0, p.keys % 2))
+    groups = [group.transpose(2, 3).flatten(2) for group in padded.split(8, 2)]
+    values = torch.cat(groups, 2).contiguous().view(torch.int32).reshape(results[name][1].shape)
     for found, expected in zip(results[name], (keys, values), strict=False):
         np.testing.assert_array_equal(found, expected.numpy())
 

@@ -15,14 +15,23 @@ from mpq_compiler.backends.tvm.kernels.cuda import weights, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
 from tests.harness.cuda import kernels, silicon
 from tests.harness.cuda.cases import FORMATS, IMAGE, SEGMENTS, Problems
 from tests.harness.cuda.kernels import Library, cuobjdump, empty
-from tests.harness.shapes import CONVOLUTIONS, Case, make_case, quantize, random_problem, reference, seed
+from tests.harness.shapes import (
+    CONVOLUTIONS,
+    Case,
+    make_case,
+    quantize,
+    random_problem,
+    reference,
+    seed,
+    with_widths,
+)
 
 linear = QuantMatmul.linear
 Build = Callable[[QuantMatmul, str], Any]
@@ -30,6 +39,7 @@ Build = Callable[[QuantMatmul, str], Any]
 SPLIT: Problems = [
     (2, linear((10,), 1612, 64, bits=4, groups=2, has_offset=True)),
     (3, linear((1,), 2048, 70, dynamic=True)),
+    (1, linear((5,), 1600, 64, bits=4, integers=True)),
     (1, QuantMatmul(5, 6, 180, 64, (3, 3), padding=(1, 1, 1, 1), bits=2, has_offset=True)),
 ]
 IMAGES: Problems = [
@@ -120,3 +130,29 @@ def test_epilogues(build):
     for row in range(20):
         untouched[5 + row * 64 : 5 + row * 64 + 48] = False
     assert (out.view(np.uint32)[:, untouched] == 0xA5A5A5A5).all()
+
+
+@pytest.mark.parametrize("build", [gemm.build, wgmma.build], ids=["mma", "wgmma"])
+def test_gates(build):
+    """What a gate joins is what the epilogue goes on with, in each format and with segments and scales of rows."""
+    codes = Epilogue((Step("add", operand=0), Step("quantize", value=8)), (Operand("channel"),))
+    problems = [
+        (2, linear((70,), 64, 128, bits=4, classes=2, groups=2, epilogue=codes, gate=Gate("relu"))),
+        (1, linear((130,), 64, 256, has_offset=True, gate=Gate("neg", first=True))),
+        (2, linear((5,), 96, 64, segments=(64, 32), bits=3, gate=Gate("relu"))),
+        (2, linear((5,), 128, 128, dynamic=True, bits=2, gate=Gate("relu", first=True))),
+        (1, with_widths(linear((9,), 60, 64, gate=Gate("relu")), 2, 3, 4)),
+    ]
+    for case, (out,) in run([(b, p) for b, p in problems if build is gemm.build or len(p.segments) == 1], build):
+        gate = case.problem.gate
+        kept, through = np.split(reference(case), 2, -1)[:: -1 if gate.first else 1]
+        expected = kept * (-through if gate.op == "neg" else np.where(through > 0, through, np.float32(0)))
+        if case.problem.epilogue is not None:
+            d = case.data
+            expected = quantize(expected + d["operand0"], d["qscale"], d["qzero"], d["group"], 8)
+        np.testing.assert_array_equal(out, expected, str(case.problem))
+
+
+def test_a_gate_joins_whole_blocks():
+    with pytest.raises(ValueError, match="96 outputs are no pairs of 32"):
+        linear((5,), 64, 96, gate=Gate("gelu"))

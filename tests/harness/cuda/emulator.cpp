@@ -22,7 +22,8 @@ static Exchange exchanged[2][THREADS];
 static unsigned char parity[THREADS];
 static std::deque<std::vector<Copy>> copies[THREADS];
 // What four warps multiply together: 16 rows of a warp, A, by a matrix in shared memory, at which its operand points.
-struct Product { std::vector<Word *> sums; Word a[2][8]; const char *b; unsigned period; bool adds; };
+// leading, period: bytes between matrices of 8 rows of 16 bytes, along the sum and along the columns.
+struct Product { std::vector<Word *> sums; Word a[2][8]; const char *b; unsigned leading, period; bool adds, floats; };
 static std::deque<std::vector<Product>> products[THREADS];
 static bool ordered[THREADS];   // registers, before the products that are asked for next
 static bool unseen[THREADS];    // what its copies have written to shared memory, by tensor cores that read there
@@ -136,6 +137,12 @@ void copy_async(unsigned size, Word target, const void *source, unsigned count) 
     else copies[current].back().push_back(asked);
 }
 
+void copy_or_fill(unsigned size, Word target, const void *source, Word word, int inside, unsigned count) {
+    if (inside) return copy_async(size, target, source, count);
+    for (unsigned i = 0; i < size; i += 4) memcpy(shared(target) + i, &word, 4);
+    unseen[current] = true;
+}
+
 void commit() { copies[current].emplace_back(); }
 
 void wait_group(size_t left) {
@@ -208,8 +215,24 @@ void mma_bf16(float &d0, float &d1, float &d2, float &d3, Word a0, Word a1, Word
 // wgmma m64nNk32 of bytes (PTX ISA 9.7.17.5): the registers of A and of sums are those of m16n8k32 above, of the warp's
 // 16 rows and of 8 columns after the other. Where the operand says so, the 16-byte parts of column n, 64 bytes wide,
 // lie swapped by n / 2 % 4, 8 columns in a period.
+// Of m64nNk16 of bfloat16 (9.7.17.5.1) an operand here has no swapped parts.
+static void add_floats(const Product &p) {
+    int lane = current % LANES;
+    for (size_t i = 0; i < p.sums.size(); ++i) {
+        size_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        float sum = 0;
+        if (p.adds) memcpy(&sum, p.sums[i], 4);
+        for (int k = 0; k < 16; ++k) {
+            const char *row = p.b + k / 8 * p.leading + column / 8 * p.period + column % 8 * 16;
+            sum += (float)((const Bfloat16 *)p.a[i / 2 % 2])[k] * (float)((const Bfloat16 *)row)[k % 8];
+        }
+        memcpy(p.sums[i], &sum, 4);
+    }
+}
+
 static void add(const Product &p) {
     int lane = current % LANES;
+    if (p.floats) return add_floats(p);
     for (size_t i = 0; i < p.sums.size(); ++i) {
         size_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
         int32_t sum = p.adds ? (int32_t)*p.sums[i] : 0;
@@ -226,19 +249,33 @@ static void add(const Product &p) {
 void wgmma_fence() { ordered[current] = true; }
 void fence_async() { unseen[current] = false; }
 
-void wgmma_s8_u8(std::initializer_list<Word *> sums, Word a0, Word a1, Word a2, Word a3,
-                        uint64_t operand, bool adds) {
+static void multiply(std::vector<Word *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds,
+                     bool floats) {
     bool seen = ordered[current];
     for (int i = 0; i < threads; ++i) seen = seen && !unseen[i];
     if (!seen) { fprintf(stderr, "emulator: no fence before a product\n"); abort(); }
-    if (operand >> 62 != 2 || operand >> 49 & 7) { fprintf(stderr, "emulator: an operand of another kind\n"); abort(); }
+    if (operand >> 62 != (floats ? 0 : 2) || operand >> 49 & 7) {
+        fprintf(stderr, "emulator: an operand of another kind\n");
+        abort();
+    }
     int32_t behind = (int32_t)(asked_address - (Word)(operand << 4)) << 14 >> 14;  // of 18 bits
-    Product p = {sums, {}, shared(asked_address - (Word)behind), (unsigned)(operand >> 32 & 0x3fff) << 4, adds};
+    auto field = [=](int first) { return (unsigned)(operand >> first & 0x3fff) << 4; };
+    Product p = {sums, {}, shared(asked_address - (Word)behind), field(16), field(32), adds, floats};
     const Exchange *warp = exchange({{a0, a1, a2, a3}});
     for (int half = 0; half < 2; ++half)
         for (int k = 0; k < 8; ++k) p.a[half][k] = warp[current % LANES / 4 * 4 + k % 4].words[half + k / 4 * 2];
     if (early) add(p);
     else products[current].back().push_back(p);
+}
+
+void wgmma_s8_u8(std::initializer_list<Word *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds) {
+    multiply(sums, a0, a1, a2, a3, operand, adds, false);
+}
+
+void wgmma_bf16(std::initializer_list<float *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds) {
+    std::vector<Word *> words;
+    for (float *sum : sums) words.push_back((Word *)sum);
+    multiply(words, a0, a1, a2, a3, operand, adds, true);
 }
 
 void wgmma_commit() {
@@ -265,6 +302,12 @@ float shuffle_xor(float value, int distance) {
     const Exchange *warp = exchange(shown);
     memcpy(&value, warp[(current % LANES) ^ distance].words, 4);
     return value;
+}
+
+int any(int there) {
+    const Exchange *warp = exchange({{(Word)(there != 0)}});
+    for (int lane = 0; lane < LANES; ++lane) there |= warp[lane].words[0];
+    return there != 0;
 }
 
 void launch(void (*kernel)(void **), const unsigned *grid, unsigned count, void **given, bool fibers) {

@@ -44,6 +44,7 @@ extern char anchor;         // shared memory is addressed from here, in 32 bits
 void launch(void (*kernel)(void **), const unsigned *grid, unsigned count, void **given, bool fibers);
 void barrier();
 void copy_async(unsigned size, Word target, const void *source, unsigned count);
+void copy_or_fill(unsigned size, Word target, const void *source, Word word, int inside, unsigned count);
 void commit();
 void wait_group(size_t left);
 void ldmatrix_x4(Word &r0, Word &r1, Word &r2, Word &r3, Word row);
@@ -55,9 +56,11 @@ void mma_bf16(float &d0, float &d1, float &d2, float &d3, Word a0, Word a1, Word
 void wgmma_fence();
 void fence_async();
 void wgmma_s8_u8(std::initializer_list<Word *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds);
+void wgmma_bf16(std::initializer_list<float *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds);
 void wgmma_commit();
 void wgmma_wait(size_t left);
 float shuffle_xor(float value, int distance);
+int any(int there);
 float exp2(float x);
 }  // namespace emulator
 #pragma GCC visibility pop
@@ -77,6 +80,7 @@ static inline float max(float a, float b) { return __builtin_fmaxf(a, b); }
 static inline float __shfl_xor_sync(unsigned, float value, int distance, int) {
     return emulator::shuffle_xor(value, distance);
 }
+static inline int __any_sync(unsigned, int there) { return emulator::any(there); }
 static inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
     uint64_t bytes = (uint64_t)high << 32 | low;
     unsigned found = 0;

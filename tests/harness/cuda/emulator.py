@@ -39,6 +39,7 @@ def translated(source: str) -> str:
     """The CUDA source as C++ for the host: kernels as they are, what stands for instructions by the emulator's."""
     begins = [at for mark in ("__forceinline__ __device__", 'extern "C" __global__') if (at := source.find(mark)) >= 0]
     text = _HELPER.sub(_helper, source[min(begins) :])
+    text = re.sub(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];", rf"alignas(\1) static \2 \3[{SHARED}];", text)
     text = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", text)
     launches = []
     for match in _KERNEL.finditer(text):
@@ -63,15 +64,20 @@ def _helper(match: re.Match[str]) -> str:
     arguments = ", ".join(own)
     if "cvta_generic_to_shared" in name:
         return ""
-    if name.startswith("mpq_copy_either"):
-        target, first, second, chosen, count = own
+    if name.startswith("mpq_copy_or_fill"):
+        size, (target, source, word, inside, count) = name.rsplit("_", 1)[1], own
         address = f"tvm_builtin_cuda_cvta_generic_to_shared({target})"
-        body = f"emulator::copy_async({name.rsplit('_', 1)[1]}, {address}, {chosen} ? {first} : {second}, {count});"
+        body = f"emulator::copy_or_fill({size}, {address}, {source}, {word}, {inside}, {count});"
+    elif name == "mpq_settled":
+        return f"static inline float {name}({parameters}) {{ return x; }}\n"
     elif name == "mpq_exp2":
         return f"static inline float {name}({parameters}) {{ return emulator::exp2(x); }}\n"
     elif "wgmma" in name and "s32_s8_u8" in name:
         sums = ", ".join(f"&{own_name}" for own_name in own[:-6])
         body = f"emulator::wgmma_s8_u8({{{sums}}}, {', '.join(own[-6:])});"
+    elif "wgmma" in name and "f32_bf16_bf16" in name:
+        sums = ", ".join(f"&{own_name}" for own_name in own[:-6])
+        body = f"emulator::wgmma_bf16({{{sums}}}, {', '.join(own[-6:])});"
     elif "wgmma_fence" in name:
         body = "emulator::wgmma_fence();"
     elif "wgmma_commit" in name:
@@ -102,6 +108,8 @@ def _helper(match: re.Match[str]) -> str:
     return f"static inline void {name}({parameters}) {{ {body} }}\n"
 
 
+SHARED = 227 << 10
+"""Bytes that a block may ask for when it is launched."""
 FLAGS = ("-fPIC", "-w", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}")
 
 

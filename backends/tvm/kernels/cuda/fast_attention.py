@@ -5,8 +5,9 @@ of threads four warps; keys and values come by blocks to shared memory, one bloc
 and outputs stay in registers: as the tensor core leaves the scores of 16 keys, it takes their weights as a factor of
 the second product.
 
-Keys and values come from a kernel of their own (`Ready`), in words that are a tensor core's as they lie. Their rows in
-shared memory are so far apart that no bank is met twice.
+Keys and values come from a kernel of their own (`Ready`), in words that are a tensor core's as they lie: pairs of
+dimensions of a key, and pairs of keys of a dimension, of values up to four pairs side by side (`value_word`). In shared
+memory no bank is met twice: rows of keys are so far apart, and 8 dimensions of 8 keys lie together.
 
 Where registers or shared memory do not suffice for all dimensions of the output, several blocks of threads share them,
 and each computes the scores.
@@ -32,6 +33,7 @@ from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.attention import mask_at
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import LDMATRIX
 from mpq_compiler.backends.tvm.kernels.cuda.threads import (
+    any_lane,
     barrier,
     each,
     grid,
@@ -51,6 +53,8 @@ WARPS, STAGES = 4, 2
 THREADS = 32 * WARPS
 ROOM = 48 * 1024
 """Bytes of shared memory that a kernel has without asking for more."""
+GROUP = 4
+"""Words of values that lie side by side: 8 keys, a row of what `ldmatrix` reads and of an operand in shared memory."""
 FEW = 128
 """Keys that blocks of 64 would fill badly."""
 REGISTERS = 216
@@ -96,13 +100,18 @@ class Tile:
 
     @property
     def value_pitch(self) -> int:
-        """Words from pair of keys to pair of keys: 4 rows of 8 words meet all banks."""
-        return -(-(self.columns - 8) // 16) * 16 + 8
+        """Words from 8 keys to the next 8: whole matrices of 8 dimensions."""
+        return -(-self.columns // 8) * 8 * GROUP
+
+    @property
+    def key_words(self) -> int:
+        """Words of shared memory for the keys of a stage."""
+        return self.keys * self.key_pitch
 
     @property
     def words(self) -> int:
         """Words of shared memory, for keys and values of all stages."""
-        return STAGES * (self.keys * self.key_pitch + self.keys // 2 * self.value_pitch)
+        return STAGES * (self.key_words + self.keys // 8 * self.value_pitch)
 
     @property
     def registers(self) -> int:
@@ -137,7 +146,7 @@ def build(problem: FastAttention | Ready, name: str) -> PrimFunc:
     if isinstance(problem, Ready):
         return primfunc(name, arguments(problem), lambda batch, buffers: _ready(problem, batch, buffers))
     own = tile(problem)
-    return primfunc(name, arguments(problem), lambda batch, buffers: _Kernel(problem, own, buffers).emit(batch))
+    return primfunc(name, arguments(problem), lambda batch, buffers: Kernel(problem, own, buffers).emit(batch))
 
 
 def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
@@ -162,10 +171,22 @@ def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
     with each(batch * (p.heads * words * p.dim)) as i:
         sample, head, w, d = unravel(i, p.heads, words, p.dim)
         values = [value("v", sample, w * packed + e, head, d) for e in range(packed)]
-        store(packed_v, word(*values), sample, head, w, d)
+        at = (sample * p.heads + head) * (words * p.dim) + value_word(words, p.dim, w, d)
+        store(flat(packed_v), word(*values), at)
 
 
-class _Kernel:
+def value_word(pairs: int, dim: int, pair: Any, d: Any) -> Any:
+    """Where the word of a pair of keys and a dimension lies, of so many of a head; the last group may be smaller."""
+    group = T.bind(tirx.truncdiv(pair, GROUP))
+    size = T.min(pairs - group * GROUP, GROUP)
+    return group * (GROUP * dim) + d * size + (pair - group * GROUP)
+
+
+class Kernel:
+    """An attention in a tile. Four warps together have other products, in `wgmma_attention`."""
+
+    threads, align = THREADS, 64
+
     def __init__(self, problem: FastAttention, tile: Tile, buffers: Buffers) -> None:
         self.p, self.t, self.buffers = problem, tile, buffers
         self.b = {name: flat(buffer) for name, buffer in buffers.items()}
@@ -175,14 +196,14 @@ class _Kernel:
     def emit(self, batch: Any) -> None:
         p, t = self.p, self.t
         parts, blocks = -(-p.dim // t.columns), -(-p.queries // t.queries)
-        with grid(batch * (p.heads * parts * blocks), THREADS) as (number, self.thread):
+        with grid(batch * (p.heads * parts * blocks), self.threads) as (number, self.thread):
             self.sample, self.head, part, block = unravel(number, p.heads, parts, blocks)
             self.first_column = T.bind(part * t.columns) if parts > 1 else 0
             self.lane = T.bind(self.thread % 32)
             self.group, self.place = T.bind(self.lane // 4), T.bind(self.lane % 4)
             self.first_row = T.bind(block * t.queries + self.thread // 32 * (16 * t.fragments) + self.group)
-            self.keys = shared(STAGES * t.keys * t.key_pitch, "uint32")
-            self.values = shared(STAGES * (t.keys // 2) * t.value_pitch, "uint32")
+            self.keys = shared(STAGES * t.key_words, "uint32", self.align)
+            self.values = shared(STAGES * (t.keys // 8) * t.value_pitch, "uint32", self.align)
             self.query = local(t.fragments * t.steps * 4, "uint32")
             self.scores = local(t.fragments * self.key_tiles * 4)
             self.out = local(t.fragments * self.column_tiles * 4)
@@ -225,27 +246,54 @@ class _Kernel:
                 store(buffer, f32(value, 1), i)
 
     def _load(self, step: Any, stage: Any) -> None:
-        """Behind the last key stands that again, but no value; behind the last dimension of keys, zero."""
+        self._load_keys(step, stage)
+        self._load_values(step, stage)
+
+    def _load_keys(self, step: Any, stage: Any) -> None:
+        """Behind the last key stands that again; behind the last dimension, zero."""
         p, t = self.p, self.t
         head = T.bind(self.sample * p.heads + self.head)
-        words, pairs = -(-p.dim // PACKED[BF16]), -(-p.keys // PACKED[BF16])
+        words = -(-p.dim // PACKED[BF16])
         size, stored = math.gcd(words, 4), 8 * t.steps
-        with strided(self.thread, t.keys * (stored // size), THREADS) as i:
+        with strided(self.thread, t.keys * (stored // size), self.threads) as i:
             row, chunk = unravel(i, stored // size)
-            key = T.bind(T.min(step * t.keys + row, p.keys - 1))
-            word = T.bind(chunk * size)
-            source = (head * p.keys + key) * words + T.min(word, words - size)
-            target = (stage * t.keys + row) * t.key_pitch + word
-            _copy(self.keys, target, self.b["packed_k"], source, size, word < words)
-        size = math.gcd(p.dim, 4)
-        chunks = -(-t.columns // size)
-        with strided(self.thread, t.keys // 2 * chunks, THREADS) as i:
-            row, chunk = unravel(i, chunks)
-            pair, column = T.bind(step * (t.keys // 2) + row), T.bind(self.first_column + chunk * size)
-            there = tirx.all(pair < pairs, column < p.dim)
-            source = (head * pairs + T.min(pair, pairs - 1)) * p.dim + T.min(column, p.dim - size)
-            target = (stage * (t.keys // 2) + row) * t.value_pitch + chunk * size
-            _copy(self.values, target, self.b["packed_v"], source, size, there)
+            key, word = step * t.keys + row, T.bind(chunk * size)
+            there: Any = True
+            if p.keys % t.keys:
+                key = T.min(key, p.keys - 1)
+            source = (head * p.keys + key) * words + word
+            if stored > words:
+                there, source = word < words, (head * p.keys + key) * words + T.min(word, words - size)
+            _copy(self.keys, self._key_place(stage, row, word), self.b["packed_k"], source, size, there)
+
+    def _key_place(self, stage: Any, row: Any, word: Any) -> Any:
+        """Where in shared memory a word of a key is."""
+        return (stage * self.t.keys + row) * self.t.key_pitch + word
+
+    def _load_values(self, step: Any, stage: Any) -> None:
+        """Behind the last value stands zero."""
+        p, t = self.p, self.t
+        pairs = -(-p.keys // PACKED[BF16])
+        own = T.bind((self.sample * p.heads + self.head) * (pairs * p.dim))
+        if p.keys % t.keys == 0 and t.columns == p.dim and p.dim % 8 == 0:  # a step is one block here and there
+            count = t.keys // 8 * p.dim
+            with strided(self.thread, count, self.threads) as i:
+                source = own + (step * count + i) * GROUP
+                _copy(self.values, (stage * count + i) * GROUP, self.b["packed_v"], source, GROUP, True)
+            return
+        with strided(self.thread, t.keys // 8 * t.columns, self.threads) as i:
+            group, column = unravel(i, t.columns)
+            d, number = T.bind(self.first_column + column), T.bind(step * (t.keys // 8) + group)
+            target = T.bind((stage * (t.keys // 8) + group) * t.value_pitch + column * GROUP)
+            if pairs % GROUP == 0:
+                there = tirx.all(number < pairs // GROUP, d < p.dim)
+                source = own + T.min(number, pairs // GROUP - 1) * (GROUP * p.dim) + T.min(d, p.dim - 1) * GROUP
+                _copy(self.values, target, self.b["packed_v"], source, GROUP, there)
+                return
+            for e in range(GROUP):
+                pair = T.bind(number * GROUP + e)
+                source = own + value_word(pairs, p.dim, T.min(pair, pairs - 1), T.min(d, p.dim - 1))
+                _copy(self.values, target + e, self.b["packed_v"], source, 1, tirx.all(pair < pairs, d < p.dim))
 
     # --------------------------------------------------------------------------------------------------- products
 
@@ -255,7 +303,7 @@ class _Kernel:
         self._load(0, 0)
         T.evaluate(T.ptx.cp.async_.commit_group())
         with rolled(steps) as step:
-            T.evaluate(T.ptx.cp.async_.wait_group(0))
+            self._land()
             barrier()
             if steps > 1:
                 with T.If(step + 1 < steps), T.Then():
@@ -267,6 +315,10 @@ class _Kernel:
                 self._add_mask(step)
             self._weigh(step)
             self._sum_values(stage)
+
+    def _land(self) -> None:
+        """The thread's copies are there."""
+        T.evaluate(T.ptx.cp.async_.wait_group(0))
 
     def _at(self, row: int, key_tile: int, e: int) -> int:
         """Register of the score of a row (`_row`) and key 8 key_tile + 2 place + e."""
@@ -307,7 +359,7 @@ class _Kernel:
     def _weigh(self, step: Any) -> None:
         """Scores to 2^(score - maximum); their sum; the outputs so far to the new maximum."""
         p, t = self.p, self.t
-        new = local(2 * t.fragments)
+        new, rescale = local(2 * t.fragments), local(2 * t.fragments)
         for row in range(2 * t.fragments):
             store(new, self.highest[row], row)
         for row, at, _ in self._each_score(step):
@@ -315,13 +367,9 @@ class _Kernel:
         for row in range(2 * t.fragments):
             for distance in (1, 2):
                 store(new, T.max(new[row], of_lane(new[row], distance)), row)
-            rescale = keep(_exp2(self.highest[row] - new[row]))
+            store(rescale, _exp2(self.highest[row] - new[row]), row)
             store(self.highest, new[row], row)
-            store(self.total, mul(self.total[row], rescale), row)
-            for tile in range(self.column_tiles):
-                for e in range(2):
-                    at = (row // 2 * self.column_tiles + tile) * 4 + row % 2 * 2 + e
-                    store(self.out, mul(self.out[at], rescale), at)
+            store(self.total, mul(self.total[row], rescale[row]), row)
         for row, at, _ in self._each_score(step):
             store(self.scores, _exp2(self.scores[at] - new[row]), at)
         if p.keys % t.keys:
@@ -330,22 +378,40 @@ class _Kernel:
                     store(self.scores, tirx.Select(key < p.keys, self.scores[at], f32(0.0, 1)), at)
         for row, at, _ in self._each_score(step):
             store(self.total, self.total[row] + self.scores[at], row)
+        self._before_outputs()
+        changed = [tirx.NE(rescale[row], f32(1.0, 1)) for row in range(2 * t.fragments)]
+        with T.If(any_lane(tirx.any(*changed))), T.Then():
+            for row in range(2 * t.fragments):
+                for tile in range(self.column_tiles):
+                    for e in range(2):
+                        at = (row // 2 * self.column_tiles + tile) * 4 + row % 2 * 2 + e
+                        store(self.out, mul(self.out[at], rescale[row]), at)
+
+    def _before_outputs(self) -> None:
+        """Waits for products that are asynchronous."""
 
     def _sum_values(self, stage: Any) -> None:
         t = self.t
-        weights, words = local(t.fragments * 4, "uint32"), local(2, "uint32")
-        start = T.bind((stage * (t.keys // 2) + self.place) * t.value_pitch + self.group)
+        weights, words = local(t.fragments * 4, "uint32"), local(4, "uint32")
+        matrix = T.bind(self.lane // 8)  # of four: 8 keys each, of 8 dimensions, then of the next 8
+        start = T.bind((stage * (t.keys // 8) + matrix % 2) * t.value_pitch + self.lane % 8 * GROUP)
         for tile in range(0, self.key_tiles, 2):
             for row in range(2 * t.fragments):
                 for half in range(2):
-                    low, high = (self.scores[self._at(row, tile + half, e)] for e in range(2))
-                    store(weights, bfloat16.pair(low, high), row // 2 * 4 + 2 * half + row % 2)
-            for column in range(self.column_tiles):
-                for half in range(2):
-                    store(words, self.values[start + 4 * (tile + half) * t.value_pitch + 8 * column], half)
-                for i in range(t.fragments):
-                    own = [weights[i * 4 + r] for r in range(4)]
-                    bfloat16.multiply(self.out, (i * self.column_tiles + column) * 4, own, [words[0], words[1]])
+                    store(weights, self._weight(row, tile + half), row // 2 * 4 + 2 * half + row % 2)
+            for column in range(0, self.column_tiles, 2):
+                more = min(2, self.column_tiles - column)
+                at = start + (tile * t.value_pitch + 8 * GROUP * column) + matrix // 2 * ((more - 1) * 8 * GROUP)
+                T.evaluate(T.ptx[LDMATRIX](*(words[r] for r in range(4)), self.values.ptr_to([at])))
+                for own in range(more):
+                    for i in range(t.fragments):
+                        left, right = [weights[i * 4 + r] for r in range(4)], [words[2 * own + r] for r in range(2)]
+                        bfloat16.multiply(self.out, (i * self.column_tiles + column + own) * 4, left, right)
+
+    def _weight(self, row: int, tile: int) -> Expr:
+        """The weights of a row and two keys of 8 as a word."""
+        low, high = (self.scores[self._at(row, tile, e)] for e in range(2))
+        return bfloat16.pair(low, high)
 
     # ------------------------------------------------------------------------------------------------- conclusion
 
@@ -377,5 +443,5 @@ def _exp2(x: Expr) -> Expr:
 def _copy(target: Buffer, at: Any, source: Buffer, index: Any, size: int, there: Any) -> None:
     """`size` words to shared memory; zeros where they are not there."""
     operation = "cp.async.cg.shared.global" if size == 4 else "cp.async.ca.shared.global"
-    given = T.if_then_else(there, T.uint32(4 * size), T.uint32(0))
-    T.evaluate(T.ptx[operation](target.ptr_to([at]), source.ptr_to([index]), 4 * size, given))
+    given = () if there is True else (T.if_then_else(there, T.uint32(4 * size), T.uint32(0)),)
+    T.evaluate(T.ptx[operation](target.ptr_to([at]), source.ptr_to([index]), 4 * size, *given))

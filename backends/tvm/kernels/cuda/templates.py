@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm.tirx import PrimFunc
@@ -21,6 +21,7 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     weight_only,
     weights,
     wgmma,
+    wgmma_attention,
 )
 from mpq_compiler.backends.tvm.kernels.problems import quant_matmul
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
@@ -75,7 +76,7 @@ TEMPLATES: dict[str, Template] = {
     "norms": _portable("norms", norms.build, norms.workspaces),
     "hadamard": _portable("hadamard", norms.build_hadamard),
     "attention": _portable("attention", attention.build),
-    "fast_attention": _portable("fast_attention", fast_attention.build),
+    "fast_attention": replace(_portable("fast_attention", fast_attention.build), hopper=wgmma_attention.build),
     "pointwise": _portable("pointwise", pointwise.build),
     "movement": _portable("movement", movement.build),
     "float_gemm": Template(

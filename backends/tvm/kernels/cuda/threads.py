@@ -71,6 +71,20 @@ def shared(size: int, dtype: str = "float32", align: int = 64) -> Buffer:
     return T.alloc_buffer((size,), dtype, align=align, scope="shared")
 
 
+ROOM = 48 << 10
+"""Bytes of shared memory that a block has without asking for more."""
+
+
+def shared_bytes(size: int, align: int) -> Buffer:
+    """Uninitialised bytes of a block, all that it has; those beyond `ROOM` are asked for where it is launched."""
+    return T.alloc_buffer((size,), "uint8", align=align, scope="shared" if size <= ROOM else "shared.dyn")
+
+
+def part(whole: Buffer, first: int, size: int, dtype: str) -> Buffer:
+    """A view of so many elements, of 4 bytes each, behind so many bytes."""
+    return T.decl_buffer((size,), dtype, data=whole.data, elem_offset=first // 4, scope=whole.scope())
+
+
 def local(size: int, dtype: str = "float32") -> Buffer:
     """Uninitialised memory of a thread: registers, where every index is a constant once loops are unrolled."""
     return T.alloc_buffer((size,), dtype, align=64, scope="local")
@@ -153,6 +167,11 @@ def of_lane(value: Expr, distance: int) -> Expr:
     """The value of the lane whose number differs in the bit `distance`."""
     shuffle = getattr(T.cuda, "__shfl_xor_sync")
     return vmath.keep(shuffle(T.uint32(ALL_LANES), value, distance, 32))
+
+
+def any_lane(there: Expr) -> Expr:
+    """Whether something is true in any lane of a warp: all go the same way."""
+    return T.call_pure_extern("int32", "__any_sync", T.uint32(ALL_LANES), T.cast(there, "int32")) != 0
 
 
 def power(extent: int, least: int = 32, most: int = THREADS) -> int:

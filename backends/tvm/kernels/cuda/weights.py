@@ -13,7 +13,13 @@ table of bytes:
     4 bits: word 2 ks + h, bit 16 kk + 4 e            2 bits: word ks, bit 16 h + 2 kk + 4 e
     3 bits: the lower two as 2 bits; the upper one in word 2, bit 16 ks + (2 h + kk) + 4 e
 
-The k axis is, for each segment, [tap][channel], channels padded to chunks of 16 and segments to units of 32.
+Where codes of 4 bits number the integers from -8 on (`QuantMatmul.integers`) they lie as signed numbers in the upper
+and the lower halves of bytes, and become 16 times their value by a shift and a mask:
+
+    word 2 ks + h, bit 8 e + 4 kk
+
+The k axis is, for each segment, [tap][channel], channels padded to chunks of 16 and segments to units of 32. Of a
+product with a gate `GATED` channels of the first half are followed by those of the second that belong to them.
 """
 
 from __future__ import annotations
@@ -40,7 +46,7 @@ from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable
 from mpq_compiler.backends.tvm.kernels.problems.float8 import DequantizeFloat8
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, stored_arguments, vectors
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import GATED, QuantMatmul, stored_arguments, vectors
 
 CHUNK, UNIT, STEP = 16, 32, 64
 """Values of k: of a copy, of an instruction, of a step between barriers."""
@@ -95,6 +101,11 @@ class Fragments:
         return -(-self.problem.outputs // BLOCK) * BLOCK
 
     @property
+    def looked_up(self) -> bool:
+        """Whether codes are looked up in tables where they are multiplied."""
+        return self.problem.bits < 8 and not self.problem.integers
+
+    @property
     def words(self) -> int:
         """Words of a lane in a fragment."""
         return self.problem.bits
@@ -104,18 +115,27 @@ class Fragments:
 
         tiles   the codes [fragments of channels, steps, words of lanes]: word w of lane l at place(w, l)
         lut     tables [fragments of channels, words of 4 entries]
-        start   where groups of time have zero points, 16 bytes of it stand behind each row: pixels of the border
+        start   where groups of time have zero points, four times the byte stands behind each row: pixels of the border
         """
         p, n = self.problem, self.outputs
         named = [Argument("tiles", (n // CHANNELS, self.steps, 32 * self.words), "uint32")]
-        if p.bits < 8:
+        if self.looked_up:
             named.append(Argument("lut", (n // CHANNELS, 2**p.bits // 4), "uint32"))
         return [*named, *vectors(p, n, self.start_row - n)]
 
     @property
     def start_row(self) -> int:
         """Numbers in a row of start values."""
-        return self.outputs + (0 if self.problem.dynamic else CHUNK // 4)
+        return self.outputs + (not self.problem.dynamic)
+
+    def channel(self, column: Any) -> Any:
+        """The output channel that a column of the product is."""
+        if self.problem.gate is None:
+            return column
+        block = T.bind(tirx.truncdiv(column, 2 * GATED))
+        within = T.bind(column - block * (2 * GATED))
+        half = T.Select(within < GATED, 0, self.problem.outputs // 2 - GATED)
+        return T.bind(block * GATED + within + half)
 
     def place(self, word: Any, lane: Any) -> Any:
         """The index of a word of a lane in a fragment. Lanes read up to four neighbouring words at once."""
@@ -171,7 +191,7 @@ class _Prepare:
                 if p.widths and p.bits < 8:
                     kept = value - T.cast(self.b["tables"][len(p.widths) - 1, 0], "int32")
                 store(self.kept, T.cast(kept, "uint8"), i * p.reduction + k)
-        if p.bits < 8:
+        if w.looked_up:
             self._tables()
         with each(w.outputs * len(p.segments), 32) as number:
             i, j = unravel(number, len(p.segments))
@@ -201,7 +221,8 @@ class _Prepare:
             block, word = unravel(number, words)
             table: Any = len(p.widths) - 1
             if not p.widths:
-                table = T.bind(T.cast(self.b["row_class"][T.min(block, p.row_classes - 1)], "int32"))
+                own = T.bind(tirx.truncdiv(self.w.channel(block * CHANNELS), CHANNELS))
+                table = T.bind(T.cast(self.b["row_class"][T.min(own, p.row_classes - 1)], "int32"))
             packed: Any = T.uint32(0)
             for byte in range(4):
                 entry = T.cast(tirx.reinterpret("uint8", self.b["tables"][table, word * 4 + byte]), "uint32")
@@ -209,9 +230,9 @@ class _Prepare:
             store(self.b["lut"], packed, block, word)
 
     def _vectors(self, i: Any, j: Any, values: Any) -> None:
-        """Scale and start values of channel i and segment j; offset and bias of the channel. Zero behind the last."""
+        """Scale and start values of column i and segment j; offset and bias of the column. Zero behind the last."""
         p, b = self.p, self.b
-        inside, behind = T.min(i, p.outputs - 1), i >= p.outputs
+        inside, behind = T.min(self.w.channel(i), p.outputs - 1), i >= p.outputs
 
         def or_zero(value: Expr) -> Expr:
             return tirx.Select(behind, vmath.f32(0.0, 1), T.cast(value, "float32"))
@@ -223,7 +244,7 @@ class _Prepare:
         if not self.w.even:
             size, first = (T.bind(self.w.of_segment(j, each)) for each in (p.segments, self.w.first_channels))
         with T.If(i < p.outputs), T.Then(), T.serial(0, self.w.taps) as tap, T.serial(0, size) as k:
-            weight = values[i * p.reduction + tap * p.channels + first + k]
+            weight = values[inside * p.reduction + tap * p.channels + first + k]
             store(total, total[0] + T.cast(weight, "int32"), 0)
         if p.dynamic:
             store(b["start"], total[0], j, 0, i)
@@ -231,9 +252,9 @@ class _Prepare:
             with T.serial(0, p.groups) as g:
                 zero = T.cast(b["act_zero"][j, g], "int32")
                 store(b["start"], (0 - zero) * total[0], j, g, i)
-                with T.If(i < CHUNK // 4), T.Then():
+                with T.If(tirx.EQ(i, 0)), T.Then():
                     bytes_ = tirx.reinterpret("int32", T.cast(zero, "uint32") * T.uint32(0x01010101))
-                    store(b["start"], bytes_, j, g, self.w.outputs + i)
+                    store(b["start"], bytes_, j, g, self.w.outputs)
         with T.If(tirx.EQ(j, 0)), T.Then():
             T.evaluate(T.int32(0))
             if p.has_offset:
@@ -258,7 +279,7 @@ class _Prepare:
                 segment = T.bind(tirx.truncdiv(unit, w.units[0]))
                 own, before = unit - segment * w.units[0], segment * p.segments[0]
             for h in range(2):
-                row = T.bind(fragment * CHANNELS + (8 * h + lane // 4))
+                row = self.w.channel(T.bind(fragment * CHANNELS + (8 * h + lane // 4)))
                 for kk in range(2):
                     chunk = T.bind((own - (0 if w.even else first)) * 2 + kk)
                     tap = T.bind(tirx.truncdiv(chunk, chunks))
@@ -282,6 +303,8 @@ class _Prepare:
         match self.p.bits:
             case 8:
                 put(4 * ks + 2 * kk + h, code, 8 * e)
+            case 4 if self.p.integers:
+                put(2 * ks + h, T.bitwise_xor(code, T.uint32(8)), 8 * e + 4 * kk)
             case 4:
                 put(2 * ks + h, code, 16 * kk + 4 * e)
             case 2:

@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import ONES
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, part, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
@@ -73,7 +73,7 @@ class Kernel(kernel.Kernel):
         if self.p.has_offset:
             self.row_sums = local(1, "uint32")
             # Behind the last step nobody reads weights any more.
-            self.activations = T.decl_buffer((t.rows,), "int32", data=self.weights.data, scope="shared")
+            self.activations = part(self.x, t.stages * t.rows * STEP, t.rows, "int32")
         address = T.cast(T.cuda.cvta_generic_to_shared(self.x.ptr_to([0])), "uint64")
         self.operand = T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(LAYOUT) << T.uint64(32))
 

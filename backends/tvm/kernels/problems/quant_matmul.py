@@ -14,6 +14,23 @@ FEW_SEGMENTS = 2
 """Up to so many segments code is written out for each; more are K-groups, and loops over equal ones."""
 MANY_ROWS = 16
 """From so many rows a sample on weights may lie as a matrix engine takes them: for `prepare` all more are as many."""
+GATED = 32
+"""Outputs that lie side by side in a product with a gate, those that they are multiplied by behind them."""
+
+MOST_INTEGERS = (2**31 - 1) // (255 * 128)
+"""Products of codes and 16 times integers of 4 bits whose sum does not overflow."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One half of the outputs is multiplied by a function of the other (GEGLU, SwiGLU: Shazeer, arXiv 2002.05202).
+
+    op:    the function, a name of `operations.UNARY`
+    first: whether it is of the first half
+    """
+
+    op: str
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,8 @@ class QuantMatmul:
     dynamic:        every row of the input has a scale and a zero point of its own; linear layers only
     has_offset:     weights have an offset for each row
     has_bias:       there is a bias
+    gate:           what joins the two halves of the outputs, on GPUs alone
+    integers:       codes of 4 bits number integers from -8 on, without a gap: GPUs decode them by shifts
     epilogue:       what happens to the result before it is stored
     rank:           of the input: 4 for [B,H,W,C], 3 for [B,H,C], 2 for [B,C]
     into:           (elements of a sample, offset of the first row, from one row to the next) of a larger buffer, of
@@ -63,6 +82,8 @@ class QuantMatmul:
     tile: tuple[int, int] | None = None
     widths: tuple[int, ...] = ()
     code_bytes: int = 0
+    gate: Gate | None = None
+    integers: bool = False
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -77,6 +98,12 @@ class QuantMatmul:
             raise ValueError(f"an input of rank {self.rank} cannot be {self.height} x {self.width}")
         if self.dynamic and not self.pointwise:
             raise ValueError("the rows that a convolution adds up cannot have scales of their own")
+        if self.integers and (self.bits != 4 or self.widths):
+            raise ValueError(f"codes of {self.widths or self.bits} bits are looked up, those of 4 may be integers")
+        if self.integers and self.reduction > MOST_INTEGERS:
+            raise ValueError(f"a sum of {self.reduction} products of codes and 16 times integers overflows")
+        if self.gate is not None and self.outputs % (2 * GATED):
+            raise ValueError(f"{self.outputs} outputs are no pairs of {GATED}, which a gate joins")
 
     @classmethod
     def linear(cls, leading: tuple[int, ...], channels: int, outputs: int, **options: Any) -> QuantMatmul:
@@ -96,6 +123,11 @@ class QuantMatmul:
     def rows(self) -> int:
         """Rows of the matrix product that one sample has."""
         return self.out_height * self.out_width
+
+    @property
+    def results(self) -> int:
+        """Channels of the result: the outputs, or half of them where a gate joins the halves."""
+        return self.outputs if self.gate is None else self.outputs // 2
 
     @property
     def reduction(self) -> int:
@@ -143,7 +175,7 @@ class QuantMatmul:
 
     def output_shape(self) -> Shape:
         """Shape of the result; the buffer that it is written to has [B, into[0]] where `into` is given."""
-        return ("B", *(self.out_height, self.out_width)[: self.rank - 2], self.outputs)
+        return ("B", *(self.out_height, self.out_width)[: self.rank - 2], self.results)
 
 
 def vectors(problem: QuantMatmul, outputs: int, behind: int = 0) -> list[Argument]:
@@ -201,7 +233,7 @@ def calling(problem: QuantMatmul, weights: Sequence[Argument]) -> list[Argument]
         *weights,
     ]
     epilogue, shape = problem.epilogue or Epilogue(), problem.output_shape()
-    theirs = epilogue_arguments(epilogue, shape[:-1], problem.outputs, problem.groups)
+    theirs = epilogue_arguments(epilogue, shape[:-1], problem.results, problem.groups)
     own += [argument for argument in theirs if problem.dynamic or argument.name != "group"]
     kept = [Argument("full", shape)] if epilogue.keeps else []
     written = shape if problem.into is None else (BATCH, problem.into[0])

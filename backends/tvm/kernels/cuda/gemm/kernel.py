@@ -22,29 +22,33 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     each,
     grid,
     local,
+    part,
     primfunc,
     put_values,
     rolled,
-    shared,
+    shared_bytes,
     strided,
     values_of,
 )
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, calling
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import GATED, QuantMatmul, calling
 
 MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 ONES = 0x01010101
-COPY_EITHER = """
-__forceinline__ __device__ void {name}(void* target, const void* own, const void* other, int inside, unsigned count) {{
+COPY_OR_FILL = """
+__forceinline__ __device__ void {name}(void* target, const void* source, unsigned word, int inside, unsigned count) {{
   unsigned address = (unsigned)__cvta_generic_to_shared(target);
-  asm volatile("cp.async.{cache}.shared.global [%0], [%1], {size}, %2;"
-               : : "r"(address), "l"(inside ? own : other), "r"(count) : "memory");
+  asm volatile("{{\\n .reg .pred p;\\n setp.ne.b32 p, %4, 0;\\n"
+               " @p cp.async.{cache}.shared.global [%0], [%1], {size}, %2;\\n"
+               " @!p st.shared.{kind} [%0], {words};\\n}}"
+               : : "r"(address), "l"(source), "r"(count), "r"(word), "r"(inside) : "memory");
 }}
 """
-"""A copy from one of two places, without a branch: TVM's expressions choose between numbers, not between pointers."""
+"""A copy, or a word over and over, without a branch. What all pixels of a border have is not read from memory each time:
+one place there serves one at a time."""
 
 
 def arguments(problem: QuantMatmul) -> list[Argument]:
@@ -84,6 +88,7 @@ class Kernel:
     """
 
     instruction, sum_type, x_align, asynchronous, together = MMA, "uint32", 64, False, 1
+    L1 = False
 
     def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers, most_splits: int = 1) -> None:
         self.p, self.t, self.w = problem, tile, Fragments(problem)
@@ -130,10 +135,11 @@ class Kernel:
 
     def _allocate(self) -> None:
         t = self.t
-        self.x = shared(t.stages * t.rows * STEP, "uint8", self.x_align)
-        self.x_words = T.decl_buffer((t.stages * t.rows * STEP // 4,), "uint32", data=self.x.data, scope="shared")
         self.fragment = 32 * self.w.words  # words
-        self.weights = shared(t.stages * (t.columns // CHANNELS) * self.fragment, "uint32")
+        size, words = t.stages * t.rows * STEP, t.stages * (t.columns // CHANNELS) * self.fragment
+        self.x = shared_bytes(size + 4 * words, self.x_align)
+        """Activations of all stages, bytes; then weights."""
+        self.x_words, self.weights = part(self.x, 0, size // 4, "uint32"), part(self.x, size, words, "uint32")
         tiles = 2 * t.row_fragments * t.column_fragments
         self.sums = local(tiles * 4, self.sum_type)
         self.row_sums: Any = local(t.row_fragments * 4, "uint32") if self.p.has_offset else None
@@ -143,7 +149,7 @@ class Kernel:
         self.y: Any = local(tiles * 4) if self.several else None
         self.a = local(t.row_fragments * 4, "uint32")
         self.decoded = local(t.column_fragments * 4, "uint32")
-        if self.p.bits < 8:
+        if self.w.looked_up:
             words = 2**self.p.bits // 4
             self.table = local(t.column_fragments * words, "uint32")
             for j in range(t.column_fragments):
@@ -168,9 +174,7 @@ class Kernel:
             """Of a row which taps meet a pixel of the image, a bit each."""
         if not p.pointwise and self._has_border:
             self.row_group = local(self.copies, "int32")
-            start = self.buffers["start"]
-            size = 4 * math.prod(int(extent) for extent in start.shape)
-            self.start_bytes = T.decl_buffer((size,), "uint8", data=start.data)
+            self.border = local(self.copies, "uint32")
         for i in range(self.copies) if not p.pointwise else ():
             row = T.bind(self._copied_row(i))
             sample = T.bind(tirx.truncdiv(T.min(row, self.total - 1), p.rows))
@@ -182,6 +186,12 @@ class Kernel:
             if self._has_border:
                 group = T.cast(self.b["group"][sample], "int32") if p.groups > 1 else tirx.IntImm("int32", 0)
                 store(self.row_group, group, i)
+                store(self.border, self._zero_points(i, 0), i)
+
+    def _zero_points(self, i: int, segment: Index) -> Expr:
+        """The zero point of a row's activations in a segment, four times: what pixels of the border are."""
+        place = (segment * self.p.groups + self.row_group[i]) * self.w.start_row + self.w.outputs
+        return tirx.reinterpret("uint32", self.b["start"][place])
 
     def _find_inside(self, i: int, top: Index, left: Index, there: Index) -> None:
         """Finds which taps of a row meet the image. there: whether the row is one of the product's."""
@@ -258,7 +268,7 @@ class Kernel:
             if not self._has_border:
                 self._copy(target, self.b["x"], source, T.Select(inside > 0, count, 0))
                 continue
-            border = ((segment * p.groups + self.row_group[i]) * w.start_row + w.outputs) * 4
+            border = self._zero_points(i, segment) if self.several else self.border[i]
             self._copy(target, self.b["x"], source, count, (inside, border))
 
     def _split(self, number: Any, chunks: int) -> tuple[Any, Any]:
@@ -271,13 +281,13 @@ class Kernel:
     def _copy(self, target: Any, x: Any, source: Any, count: Any, border: tuple[Any, Any] | None = None) -> None:
         """`count` of 16 values to shared memory, then zeros.
 
-        border: (1 where they come from there, where zero points stand that are taken otherwise)
+        border: (1 where they come from there, the word of four that are taken otherwise)
         """
         size = self.copied
         source, count = vmath.keep(source), vmath.keep(count)
 
         if size >= 4:
-            cache = "cg" if size == CHUNK else "ca"
+            cache = "cg" if size == CHUNK and not self.L1 else "ca"
             for first in range(0, CHUNK, size):
                 at = source + first if first == 0 else T.Select(count > first, source + first, 0)
                 given = T.cast(T.max(T.min(count - first, size), 0), "uint32")
@@ -285,10 +295,13 @@ class Kernel:
                 if border is None:
                     T.evaluate(T.ptx[f"cp.async.{cache}.shared.global"](*places, size, given))
                     continue
-                inside, other = border
-                arguments = (*places, self.start_bytes.ptr_to([other]), inside, given)
-                name = f"mpq_copy_either_{size}"
-                text = COPY_EITHER.format(name=name, cache=cache, size=size)
+                inside, word = border
+                arguments = (*places, T.Select(given > T.uint32(0), word, T.uint32(0)), inside, given)
+                name, words = f"mpq_copy_or_fill_{cache}_{size}", size // 4
+                kind, text = {1: "u32", 2: "v2.u32", 4: "v4.u32"}[words], ", ".join(["%3"] * words)
+                text = COPY_OR_FILL.format(
+                    name=name, cache=cache, size=size, kind=kind, words=text if words == 1 else f"{{{text}}}"
+                )
                 T.evaluate(T.cuda.func_call(name, *arguments, source_code=text, return_type="void"))
             return
         for k in range(CHUNK // 4):
@@ -304,7 +317,7 @@ class Kernel:
         value = T.cast(x[at], "uint32")
         if border is None:
             return value
-        return T.if_then_else(border[0] > 0, value, T.cast(self.start_bytes[border[1]], "uint32"))
+        return T.if_then_else(border[0] > 0, value, border[1] & T.uint32(0xFF))
 
     def _load_weights(self, step: Any, stage: Any) -> None:
         """The fragments of a step: 128 bits a word of code."""
@@ -438,6 +451,11 @@ class Kernel:
                 if bits == 8:
                     store(self.decoded, word(4 * ks + 2 * kk + h), at)
                     continue
+                if self.p.integers:
+                    found = word(2 * ks + h)
+                    found = (found if kk else found << T.uint32(4)) & T.uint32(0xF0F0F0F0)
+                    store(self.decoded, found, at)
+                    continue
                 words = 2**bits // 4
                 table = [self.table[j * words + i] for i in range(words)]
                 store(self.decoded, looked_up(table, _selector(bits, word, ks, h, kk)), at)
@@ -487,7 +505,9 @@ class Kernel:
             self._clear_sums()
 
     def _sum(self, at: int) -> Expr:
-        return tirx.reinterpret("int32", self.sums[at])
+        """A sum of products. Integers of 4 bits are multiplied as 16 times what they are."""
+        found = tirx.reinterpret("int32", self.sums[at])
+        return found >> 4 if self.p.integers else found
 
     def _added(self, y: Expr, total: Expr, row: Any, column: Any, segment: Any) -> Expr:
         """Add a segment to y, whose products come to `total`: its scales and zero points applied."""
@@ -559,7 +579,7 @@ class Kernel:
         if not self.several:
             self._sum_activations(0)
         rows = 16 * t.down
-        staged = T.decl_buffer((rows * t.columns,), "float32", data=self.x.data, scope="shared")
+        staged = part(self.x, 0, rows * t.columns, "float32")
         assert rows * t.columns * 4 <= t.stages * t.rows * STEP
 
         for fragment in range(t.row_fragments):
@@ -575,18 +595,31 @@ class Kernel:
             self._each_output(keep, fragment)
             barrier()
             n = self._together
-            with strided(self.thread, rows * t.columns // n, t.threads) as number:
-                own, across = unravel(number, t.columns // n)
+            columns = t.columns if p.gate is None else t.columns // 2
+            with strided(self.thread, rows * columns // n, t.threads) as number:
+                own, across = unravel(number, columns // n)
                 down = own // 16 * (t.row_fragments * 16) + fragment * 16 + own % 16
-                row, column = T.bind(self.first_row + down), T.bind(self.first_column + across * n)
-                with T.If(tirx.all(row < self.total, column < p.outputs)), T.Then():
-                    self._finish(values_of(staged, self._staged(own, across * n), n), row, column)
+                first = self.first_column if p.gate is None else self.first_column // 2
+                row, column = T.bind(self.first_row + down), T.bind(first + across * n)
+                with T.If(tirx.all(row < self.total, column < p.results)), T.Then():
+                    self._finish(self._waiting(staged, own, across * n, n), row, column)
+
+    def _waiting(self, staged: Any, row: Any, column: Any, count: int) -> list[Expr]:
+        """Neighbouring results that wait; of a gate the products of what lies `GATED` apart."""
+        gate = self.p.gate
+        if gate is None:
+            return values_of(staged, self._staged(row, column), count)
+        at = T.bind(column // GATED * (2 * GATED) + column % GATED)
+        first, second = (values_of(staged, self._staged(row, at + half), count) for half in (0, GATED))
+        if gate.first:
+            first, second = second, first
+        return [vmath.keep(vmath.mul(a, vmath.UNARY[gate.op](b))) for a, b in zip(first, second, strict=True)]
 
     @property
     def _together(self) -> int:
         """Neighbouring results that a thread finishes at once, as far as they are neighbours wherever they lie."""
         p = self.p
-        return math.gcd(self.together, p.outputs, *(p.into or ()))
+        return math.gcd(self.together, p.results, *(p.into or ()))
 
     def _staged(self, row: Any, column: Any) -> Any:
         """Where a result waits, such that neither the lanes of a fragment nor those of a row meet a bank twice."""
@@ -656,8 +689,8 @@ class Kernel:
         """The epilogue of neighbouring results, and where they go."""
         p, epilogue = self.p, self.epilogue
         sample = T.bind(tirx.truncdiv(row, p.rows))
-        full: Index = row * p.outputs + column
-        places = full, sample * p.outputs + column, column
+        full: Index = row * p.results + column
+        places = full, sample * p.results + column, column
         quant = quantizer(self.buffers, sample) if epilogue.bits is not None else None
         if epilogue.keeps:
             before = Epilogue(epilogue.steps[:-1], epilogue.operands)

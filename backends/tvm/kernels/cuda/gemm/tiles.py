@@ -61,8 +61,11 @@ long on an H200, 80 shared by three 0.7 times."""
 
 
 def most_splits(problem: QuantMatmul) -> int:
-    """How many blocks share the k axis of a tile, for one sample; several segments have an order of their sums."""
-    if len(problem.segments) > 1:
+    """How many blocks share the k axis of a tile, for one sample.
+
+    Several segments have an order of their sums, and what a gate joins waits in one block.
+    """
+    if len(problem.segments) > 1 or problem.gate is not None:
         return 1
     w, own = Fragments(problem), tile(problem)
     tiles = -(-problem.rows // own.rows) * (w.outputs // own.columns)

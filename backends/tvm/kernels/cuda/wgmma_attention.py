@@ -1,0 +1,180 @@
+"""Attention in bfloat16 on Hopper's tensor cores, which four warps drive together (`wgmma`).
+
+The tiles, rows and results of `fast_attention`: as the tensor cores leave scores and outputs in registers, both kinds of
+instruction agree. Queries and weights come from registers, keys and values from shared memory, where they lie in
+matrices of 8 rows of 16 bytes, side by side. The values of a step are summed while the scores of the next become
+weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tvm.script.ir_builder import tirx as T
+from tvm.tirx import PrimFunc
+
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, store
+from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
+from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, ROOM, STAGES
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc, rolled
+from mpq_compiler.backends.tvm.kernels.cuda.wgmma import ADDRESS
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
+from mpq_compiler.targets.numerics import BF16
+
+WARPS = 4
+"""Warps that multiply together."""
+KEYS = 64
+"""Keys of a step."""
+FEW = 128
+"""Keys that are one step."""
+SETTLED = """
+__forceinline__ __device__ float mpq_settled(float x) {
+  asm volatile("" : "+f"(x) : : "memory");
+  return x;
+}
+"""
+
+
+@dataclass(frozen=True)
+class Tile(fast_attention.Tile):
+    """How a block of threads shares an attention.
+
+    groups: of four warps
+    """
+
+    groups: int = 1
+
+    @property
+    def queries(self) -> int:
+        return 16 * WARPS * self.groups
+
+    @property
+    def key_pitch(self) -> int:
+        """Words from 8 dimensions of all keys to the next 8: where those of a key are copied, no bank is met twice."""
+        return (self.keys + 1) * GROUP
+
+    @property
+    def key_words(self) -> int:
+        return 2 * self.steps * self.key_pitch
+
+
+def tile(problem: FastAttention) -> Tile | None:
+    """The tile of a problem; None where four warps have no room for it."""
+    keys = -(-problem.keys // 16) * 16 if problem.keys <= FEW else KEYS
+    found = Tile(problem.dim, 1, keys, problem.dim, 2 if problem.queries > 64 else 1)
+    fits = problem.dim % 8 == 0 and found.words * 4 <= ROOM and found.registers <= fast_attention.REGISTERS
+    return found if fits else None
+
+
+def build(problem: FastAttention | Ready, name: str) -> PrimFunc | None:
+    """Build the kernel of an attention on wgmma; None where `fast_attention.build` has the better one."""
+    if isinstance(problem, Ready) or problem.numerics != BF16 or (own := tile(problem)) is None:
+        return None
+    return primfunc(name, arguments(problem), lambda batch, buffers: _Kernel(problem, own, buffers).emit(batch))
+
+
+class _Kernel(fast_attention.Kernel):
+    t: Tile
+    align = 128
+
+    @property
+    def threads(self) -> int:
+        return 32 * WARPS * self.t.groups
+
+    def _key_place(self, stage: Any, row: Any, word: Any) -> Any:
+        return stage * self.t.key_words + word // GROUP * self.t.key_pitch + row * GROUP + word % GROUP
+
+    def _land(self) -> None:
+        super()._land()
+        T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())  # the tensor cores read what these copies have written
+
+    def _products(self) -> None:
+        p, t = self.p, self.t
+        steps = -(-p.keys // t.keys)
+        self.weights = local(self.key_tiles * 2, "uint32")
+        keys = self._operand(self.keys, t.key_pitch)
+        values = self._operand(self.values, t.value_pitch)
+
+        def load(step: Any) -> None:
+            """The values of a step and the keys of the next."""
+            self._load_values(step, T.bind(step % STAGES))
+            if steps > 1:
+                with T.If(step + 1 < steps), T.Then():
+                    self._load_keys(step + 1, T.bind((step + 1) % STAGES))
+            T.evaluate(T.ptx.cp.async_.commit_group())
+
+        def score(step: Any) -> None:
+            T.evaluate(T.ptx.wgmma.fence.sync.aligned())
+            stage = T.bind(step % STAGES)
+            for k in range(t.steps):
+                query = [self.query[4 * k + r] for r in range(4)]
+                at = keys + T.cast(stage * (t.key_words // GROUP) + 2 * k * (t.key_pitch // GROUP), "uint64")
+                self._multiply(self.scores, query, at, k > 0)
+            T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
+
+        def sum_values(step: Any) -> None:
+            T.evaluate(T.ptx.wgmma.fence.sync.aligned())
+            stage = T.bind(step % STAGES)
+            for pair in range(self.key_tiles // 2):
+                own = [self.weights[4 * pair + r] for r in range(4)]
+                first = (stage * self.key_tiles + 2 * pair) * (t.value_pitch // GROUP)
+                self._multiply(self.out, own, values + T.cast(first, "uint64"), True)
+            T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
+
+        def weigh(step: Any, pending: int) -> None:
+            T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(pending))
+            _settled(self.scores)
+            if p.mask is not None:
+                self._add_mask(step)
+            self._weigh(step)
+            for tile in range(self.key_tiles):
+                for row in range(2):
+                    store(self.weights, self._weight(row, tile), 2 * tile + row)
+
+        self._load_keys(0, 0)
+        T.evaluate(T.ptx.cp.async_.commit_group())
+        self._land()
+        barrier()
+        score(0)
+        load(0)
+        weigh(0, 0)
+        if steps > 1:
+            with rolled(steps - 1) as before:
+                step = T.bind(before + 1)
+                self._land()  # the keys of this step and the values of the one before
+                barrier()
+                score(step)
+                sum_values(before)
+                load(step)
+                weigh(step, 1)
+        self._land()
+        barrier()
+        sum_values(steps - 1)
+        self._before_outputs()
+
+    def _before_outputs(self) -> None:
+        """Waits for the sums of the values of the step before."""
+        T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
+        _settled(self.out)
+
+    def _operand(self, buffer: Buffer, pitch: int) -> Any:
+        """Describe shared memory to the tensor cores: matrices that follow one another (PTX ISA, 9.7.17.5.1.2.2).
+
+        pitch: words from one matrix to the next along the sum; those of other rows follow at once
+        """
+        address = T.cast(T.cuda.cvta_generic_to_shared(buffer.ptr_to([0])), "uint64")
+        layout = (pitch * 4 >> 4) << 16 | (8 * 16 >> 4) << 32
+        return T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(layout))
+
+    def _multiply(self, sums: Buffer, rows: list[Any], operand: Any, adds: bool) -> None:
+        count = int(sums.shape[0])
+        instruction = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16"
+        T.evaluate(T.ptx[instruction](*(sums[r] for r in range(count)), *rows, operand, adds, 1, 1, 0))
+
+
+def _settled(registers: Buffer) -> None:
+    """Keeps a compiler, which knows of no registers that are written later, from reading these before."""
+    for i in range(int(registers.shape[0])):
+        read = T.cuda.func_call("mpq_settled", registers[i], source_code=SETTLED, return_type="float32")
+        store(registers, read, i)
