@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
@@ -11,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -187,6 +189,11 @@ def _executor(artifact: Artifact, threads: int, reuse_bytes: int, device: int) -
     )
 
 
+INSTANCES: WeakValueDictionary[int, CompiledDenoiser] = WeakValueDictionary()
+"""The denoisers of this process by number, for graphs, which hold no objects (`operator`)."""
+_numbers = itertools.count()
+
+
 class CompiledDenoiser:
     """A compiled denoiser: call it as the model it was compiled from, or `run` it on NumPy arrays.
 
@@ -209,7 +216,7 @@ class CompiledDenoiser:
         self.config = Config(self.manifest["model"]["config"])
         self.check_finite = check_finite
         self._kinds = _kinds(self.manifest)
-        self._signature: list[str] = self.manifest["model"].get("signature", self.input_names)
+        self.signature: list[str] = self.manifest["model"].get("signature", self.input_names)
         call = self.manifest["model"].get("call", {})
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
         held = CONSTANTS in self.manifest["files"]
@@ -223,6 +230,8 @@ class CompiledDenoiser:
         self.lora: LoadedLora | None = None
         """The LoRA that is loaded (`load_lora`); None without one."""
         self._lock = threading.Lock()
+        self._number = next(_numbers)
+        INSTANCES[self._number] = self
 
     def __repr__(self) -> str:
         target, weights = self.manifest["target"]["name"], self.manifest["weights"]
@@ -391,8 +400,13 @@ class CompiledDenoiser:
         Raises:
             UserError: as `run`; an input is given twice, or there are too many.
         """
+        if _is_traced():
+            from mpq_compiler.runtime import operator
+
+            found = operator.called(self._number, args, kwargs)
+            return DenoiserOutput(found) if return_dict else (found,)
         if self._kinds[0].form is not None:
-            return self._called(bound(self._signature, args, kwargs), return_dict)
+            return self._called(bound(self.signature, args, kwargs), return_dict)
         named = self._named(args, kwargs)
         result: Value = self._convention.pack(self._predicted(named, *self._placed(named, self._kinds[0])))
         return DenoiserOutput(result) if return_dict else (result,)
@@ -495,7 +509,7 @@ class CompiledDenoiser:
         return UserError(f"{differs}; this denoiser was compiled for {len(self._kinds)} kinds of calls: {kinds}")
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        named = bound(self._signature, args, kwargs)
+        named = bound(self.signature, args, kwargs)
         if "img_ids" in self._convention.baked and named.get("img_ids") is None:
             raise UserError("input 'img_ids' is missing; an artifact is called as its model is, or `run` on images")
         _, baked = flatten({name: named[name] for name in self._convention.baked if named.get(name) is not None})
@@ -685,6 +699,12 @@ def _shape(function: Function, name: str) -> tuple[int | None, ...]:
 
 def _shape_text(shape: Sequence[int | None]) -> str:
     return "[" + ", ".join(["B", *map(str, shape[1:])]) + "]"
+
+
+def _is_traced() -> bool:
+    """Whether torch.compile follows what is called."""
+    torch = _torch()
+    return torch is not None and torch.compiler.is_compiling()
 
 
 def _torch() -> Any:

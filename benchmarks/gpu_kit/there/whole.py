@@ -121,7 +121,23 @@ def stays(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expected:
     half = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
     half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in half.items()}
     found["bfloat16 in and out"] = denoiser(**half, return_dict=False)[0].dtype == torch.bfloat16
+    found["in torch.compile's graphs"] = _in_graphs(torch, denoiser, inputs, own)
     return found
+
+
+def _in_graphs(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expected: Any) -> bool | str:
+    """Whether a function around a call, which torch compiles and captures, has the call's bits; or why it fails."""
+    given = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
+
+    @torch.compile(fullgraph=True, mode="reduce-overhead")  # type: ignore[untyped-decorator, unused-ignore]
+    def step(tensors: Mapping[str, Any]) -> Any:
+        return denoiser(**tensors, return_dict=False)[0] * 2
+
+    try:
+        results = [step(given).cpu() for _ in range(4)]
+        return all(torch.equal(result, expected * 2) for result in results)
+    except Exception as error:
+        return machine.reason(error)
 
 
 def captured(torch: Any, device: machine.Device, denoiser: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -33,15 +33,17 @@ from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.attention import mask_at
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import LDMATRIX
 from mpq_compiler.backends.tvm.kernels.cuda.threads import (
+    ROOM,
     any_lane,
     barrier,
     each,
     grid,
     local,
     of_lane,
+    part,
     primfunc,
     rolled,
-    shared,
+    shared_bytes,
     strided,
 )
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
@@ -51,8 +53,6 @@ from mpq_compiler.targets.numerics import BF16, PACKED
 
 WARPS, STAGES = 4, 2
 THREADS = 32 * WARPS
-ROOM = 48 * 1024
-"""Bytes of shared memory that a kernel has without asking for more."""
 GROUP = 4
 """Words of values that lie side by side: 8 keys, a row of what `ldmatrix` reads and of an operand in shared memory."""
 FEW = 128
@@ -197,13 +197,14 @@ class Kernel:
         p, t = self.p, self.t
         parts, blocks = -(-p.dim // t.columns), -(-p.queries // t.queries)
         with grid(batch * (p.heads * parts * blocks), self.threads) as (number, self.thread):
-            self.sample, self.head, part, block = unravel(number, p.heads, parts, blocks)
-            self.first_column = T.bind(part * t.columns) if parts > 1 else 0
+            self.sample, self.head, share, block = unravel(number, p.heads, parts, blocks)
+            self.first_column = T.bind(share * t.columns) if parts > 1 else 0
             self.lane = T.bind(self.thread % 32)
             self.group, self.place = T.bind(self.lane // 4), T.bind(self.lane % 4)
             self.first_row = T.bind(block * t.queries + self.thread // 32 * (16 * t.fragments) + self.group)
-            self.keys = shared(STAGES * t.key_words, "uint32", self.align)
-            self.values = shared(STAGES * (t.keys // 8) * t.value_pitch, "uint32", self.align)
+            waiting, first = shared_bytes(4 * t.words, self.align), STAGES * t.key_words
+            self.keys = part(waiting, 0, first, "uint32")
+            self.values = part(waiting, 4 * first, t.words - first, "uint32")
             self.query = local(t.fragments * t.steps * 4, "uint32")
             self.scores = local(t.fragments * self.key_tiles * 4)
             self.out = local(t.fragments * self.column_tiles * 4)
@@ -256,7 +257,7 @@ class Kernel:
         words = -(-p.dim // PACKED[BF16])
         size, stored = math.gcd(words, 4), 8 * t.steps
         with strided(self.thread, t.keys * (stored // size), self.threads) as i:
-            row, chunk = unravel(i, stored // size)
+            row, chunk = self._key_of(i, stored // size)
             key, word = step * t.keys + row, T.bind(chunk * size)
             there: Any = True
             if p.keys % t.keys:
@@ -265,6 +266,11 @@ class Kernel:
             if stored > words:
                 there, source = word < words, (head * p.keys + key) * words + T.min(word, words - size)
             _copy(self.keys, self._key_place(stage, row, word), self.b["packed_k"], source, size, there)
+
+    def _key_of(self, i: Any, chunks: int) -> tuple[Any, Any]:
+        """Which key, and which of so many parts of it, is number i of those that are copied: parts side by side."""
+        row, chunk = unravel(i, chunks)
+        return row, chunk
 
     def _key_place(self, stage: Any, row: Any, word: Any) -> Any:
         """Where in shared memory a word of a key is."""

@@ -8,16 +8,17 @@ weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, store
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
-from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, ROOM, STAGES
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc, rolled
+from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, STAGES
+from mpq_compiler.backends.tvm.kernels.cuda.threads import ROOM, barrier, local, primfunc, rolled
 from mpq_compiler.backends.tvm.kernels.cuda.wgmma import ADDRESS
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.targets.numerics import BF16
@@ -51,8 +52,8 @@ class Tile(fast_attention.Tile):
 
     @property
     def key_pitch(self) -> int:
-        """Words from 8 dimensions of all keys to the next 8: where those of a key are copied, no bank is met twice."""
-        return (self.keys + 1) * GROUP
+        """Words from 8 dimensions of all keys to the next 8."""
+        return self.keys * GROUP
 
     @property
     def key_words(self) -> int:
@@ -81,6 +82,12 @@ class _Kernel(fast_attention.Kernel):
     @property
     def threads(self) -> int:
         return 32 * WARPS * self.t.groups
+
+    def _key_of(self, i: Any, chunks: int) -> tuple[Any, Any]:
+        """8 keys meet all banks, and neighbouring parts of a key are read at once."""
+        together = math.gcd(chunks, 4)
+        high, row, low = unravel(i, self.t.keys, together)
+        return row, high * together + low
 
     def _key_place(self, stage: Any, row: Any, word: Any) -> Any:
         return stage * self.t.key_words + word // GROUP * self.t.key_pitch + row * GROUP + word % GROUP

@@ -166,7 +166,7 @@ class Kernel:
     def _rows(self) -> None:
         """Find the rows and the chunk that a thread copies in every step: one chunk of some rows."""
         p, t = self.p, self.t
-        self.copies = t.rows * (STEP // CHUNK) // t.threads
+        self.copies = -(-t.rows * (STEP // CHUNK) // t.threads)
         self.chunk = T.bind(self.thread % (STEP // CHUNK))
         if not p.pointwise:
             self.pixel = local(self.copies, "int32")
@@ -256,20 +256,29 @@ class Kernel:
             dy, dx = (vmath.keep(part) for part in (tirx.truncdiv(tap, p.kernel[1]), tirx.truncmod(tap, p.kernel[1])))
             moved = vmath.keep((dy * p.width + dx) * p.channels + before + channel)
         count = vmath.keep(count)
-        for i in range(self.copies):
+
+        def copy(i: int) -> None:
             row = T.bind(self._copied_row(i))
             target = self._target(row, stage)
             if p.pointwise:
                 there = T.bind(T.Select(row < self.total, count, 0))
                 self._copy(target, self.b["x"], T.Select(there > 0, row * p.channels + before + channel, 0), there)
-                continue
+                return
             inside = self._is_inside(i, tap)
             source = T.Select(T.bitwise_and(inside, T.cast(count > 0, "int32")) > 0, self.pixel[i] + moved, 0)
             if not self._has_border:
                 self._copy(target, self.b["x"], source, T.Select(inside > 0, count, 0))
-                continue
+                return
             border = self._zero_points(i, segment) if self.several else self.border[i]
             self._copy(target, self.b["x"], source, count, (inside, border))
+
+        whole_copies = self.t.rows * (STEP // CHUNK) // self.t.threads
+        for i in range(self.copies):
+            if i < whole_copies:
+                copy(i)
+                continue
+            with T.If(self._copied_row(i) < self.first_row + self.t.rows), T.Then():
+                copy(i)
 
     def _split(self, number: Any, chunks: int) -> tuple[Any, Any]:
         """(tap, first channel) of a chunk of a segment."""
