@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -103,7 +104,9 @@ def test_machine_code_of_hopper(tmp_path):
     code.write_bytes(machine_code.fatbin(device.source, target.levels))
     used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
     assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
-    assert listed.count("IGMMA.64x128x32.S8.U8") == 2 * len(problems) and " IMMA." not in listed
+    assert " IMMA." not in listed
+    expected = Counter(f"IGMMA.64x{wgmma.tile(problem).rows}x32.S8.U8" for problem in problems.values() for _ in range(2))
+    assert Counter(re.findall(r"IGMMA\.[\w.]+", listed)) == expected
 
 
 @pytest.mark.parametrize("build", [gemm.build, wgmma.build], ids=["mma", "wgmma"])

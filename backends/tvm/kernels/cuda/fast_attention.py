@@ -257,7 +257,7 @@ class Kernel:
         words = -(-p.dim // PACKED[BF16])
         size, stored = math.gcd(words, 4), 8 * t.steps
         with strided(self.thread, t.keys * (stored // size), self.threads) as i:
-            row, chunk = self._key_of(i, stored // size)
+            row, chunk = unravel(i, stored // size)
             key, word = step * t.keys + row, T.bind(chunk * size)
             there: Any = True
             if p.keys % t.keys:
@@ -266,11 +266,6 @@ class Kernel:
             if stored > words:
                 there, source = word < words, (head * p.keys + key) * words + T.min(word, words - size)
             _copy(self.keys, self._key_place(stage, row, word), self.b["packed_k"], source, size, there)
-
-    def _key_of(self, i: Any, chunks: int) -> tuple[Any, Any]:
-        """Which key, and which of so many parts of it, is number i of those that are copied: parts side by side."""
-        row, chunk = unravel(i, chunks)
-        return row, chunk
 
     def _key_place(self, stage: Any, row: Any, word: Any) -> Any:
         """Where in shared memory a word of a key is."""

@@ -9,7 +9,6 @@ passes through registers, and half of the weights are looked up while the tensor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from tvm import tirx
@@ -18,13 +17,14 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store
-from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
+from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, model, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import ONES
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, part, primfunc
-from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT
+from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
+STAGES = 4
 PERIOD = 8 * STEP
 """Bytes of shared memory after which the pattern of swapped chunks begins anew: 8 rows."""
 LAYOUT = PERIOD >> 4 | 2 << 30
@@ -48,15 +48,14 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
 
 
 def tile(problem: QuantMatmul) -> Tile:
-    """The tile of `gemm.tiles`, whose warps have all rows and a part of the channels each.
+    """The tile of `model.fastest`: its warps have all rows and 16 channels each.
 
-    Of a linear layer no more than 64 channels, and a stage more: twice as many blocks hide more than fewer activations
-    save (an H200's times, docs/targets.md); not of a convolution, whose 128 channels are shared by eight warps.
+    Sums of rows' codes, which offsets count, are a thread's each.
     """
-    found = tiles.tile(problem)
-    if problem.pointwise:
-        return replace(found, columns=64, down=1, across=4, stages=4)
-    return replace(found, down=1, across=max(4, found.columns // CHANNELS))
+    sizes = [(rows, columns) for rows in range(64, 161, 16) for columns in (64, 128)]
+    outputs = Fragments(problem).outputs
+    tiles = [Tile(rows, columns, 1, columns // CHANNELS, STAGES) for rows, columns in sizes if outputs % columns == 0]
+    return model.fastest(problem, [t for t in tiles if not problem.has_offset or t.rows <= t.threads])
 
 
 class Kernel(kernel.Kernel):

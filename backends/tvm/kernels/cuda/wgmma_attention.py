@@ -8,17 +8,16 @@ weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, store
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
 from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, STAGES
-from mpq_compiler.backends.tvm.kernels.cuda.threads import ROOM, barrier, local, primfunc, rolled
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc, rolled
 from mpq_compiler.backends.tvm.kernels.cuda.wgmma import ADDRESS
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.targets.numerics import BF16
@@ -29,6 +28,8 @@ KEYS = 64
 """Keys of a step."""
 FEW = 128
 """Keys that are one step."""
+MEMORY = 100 << 10
+"""Bytes of shared memory: two blocks of threads fit a processor."""
 SETTLED = """
 __forceinline__ __device__ float mpq_settled(float x) {
   asm volatile("" : "+f"(x) : : "memory");
@@ -52,8 +53,8 @@ class Tile(fast_attention.Tile):
 
     @property
     def key_pitch(self) -> int:
-        """Words from 8 dimensions of all keys to the next 8."""
-        return self.keys * GROUP
+        """Words from 8 dimensions of all keys to the next 8: where those of a key are copied, no bank is met twice."""
+        return (self.keys + 1) * GROUP
 
     @property
     def key_words(self) -> int:
@@ -61,10 +62,13 @@ class Tile(fast_attention.Tile):
 
 
 def tile(problem: FastAttention) -> Tile | None:
-    """The tile of a problem; None where four warps have no room for it."""
-    keys = -(-problem.keys // 16) * 16 if problem.keys <= FEW else KEYS
-    found = Tile(problem.dim, 1, keys, problem.dim, 2 if problem.queries > 64 else 1)
-    fits = problem.dim % 8 == 0 and found.words * 4 <= ROOM and found.registers <= fast_attention.REGISTERS
+    """What an H200 does fastest of most shapes; None where four warps have no room for it.
+
+    Where a thread holds more than 128 registers anyway, one block of threads takes twice as many keys in a step.
+    """
+    keys = -(-problem.keys // 16) * 16 if problem.keys <= FEW else KEYS if problem.dim <= 64 else 2 * KEYS
+    found = Tile(problem.dim, 1, keys, problem.dim, 1 if problem.queries <= 64 or problem.keys <= FEW else 2)
+    fits = problem.dim % 8 == 0 and found.words * 4 <= MEMORY and found.registers <= fast_attention.REGISTERS
     return found if fits else None
 
 
@@ -82,12 +86,6 @@ class _Kernel(fast_attention.Kernel):
     @property
     def threads(self) -> int:
         return 32 * WARPS * self.t.groups
-
-    def _key_of(self, i: Any, chunks: int) -> tuple[Any, Any]:
-        """8 keys meet all banks, and neighbouring parts of a key are read at once."""
-        together = math.gcd(chunks, 4)
-        high, row, low = unravel(i, self.t.keys, together)
-        return row, high * together + low
 
     def _key_place(self, stage: Any, row: Any, word: Any) -> Any:
         return stage * self.t.key_words + word // GROUP * self.t.key_pitch + row * GROUP + word % GROUP

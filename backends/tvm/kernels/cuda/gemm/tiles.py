@@ -53,8 +53,10 @@ def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
     return tiles[-1]
 
 
-BLOCKS = 264
-"""Blocks of threads that keep a GPU busy: two for each processor of an H100, which has 132; an A100 has 108."""
+PROCESSORS = 132
+"""Of an H100 and an H200; an A100 has 108."""
+BLOCKS = 2 * PROCESSORS
+"""Blocks of threads that keep a GPU busy."""
 LEAST_STEPS = 12
 """Steps that a block of threads takes at least, so that filling its stages pays: 20 shared by two took 1.8 times as
 long on an H200, 80 shared by three 0.7 times."""
