@@ -42,9 +42,11 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     of_lane,
     part,
     primfunc,
+    put_values,
     rolled,
     shared_bytes,
     strided,
+    values_of,
 )
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
@@ -150,29 +152,47 @@ def build(problem: FastAttention | Ready, name: str) -> PrimFunc:
 
 
 def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
-    """A thread for each word of the keys, then for each of the values."""
+    """A thread for 8 dimensions of a key, then for 8 values of a dimension: what it reads and writes is side by side."""
     p, packed = problem, PACKED[BF16]
+    words, pairs = -(-p.dim // packed), -(-p.keys // packed)
 
-    def value(name: str, sample: Any, key: Any, head: Any, d: Any) -> Expr:
-        """Zero behind the last key and the last dimension."""
-        found = buffers[name][sample, T.min(key, p.keys - 1), head * p.dim + T.min(d, p.dim - 1)]
-        return keep(T.if_then_else(tirx.all(key < p.keys, d < p.dim), found, f32(0.0, 1)))
+    def write(target: Buffer, at: Any, values: list[Expr], together: int) -> None:
+        made = [tirx.reinterpret("int32", bfloat16.pair(*values[e : e + packed])) for e in range(0, len(values), packed)]
+        for first in range(0, len(made), together):
+            put_values(target, made[first : first + together], at + first)
 
-    def word(low: Expr, high: Expr) -> Expr:
-        return tirx.reinterpret("int32", bfloat16.pair(low, high))
+    keys, values_ = flat(buffers["k"]), flat(buffers["v"])
+    packed_k, packed_v = flat(buffers["packed_k"]), flat(buffers["packed_v"])
+    together, read = 1 if p.dim % packed else math.gcd(words, GROUP), math.gcd(p.dim, 4)
+    with each(batch * (p.heads * p.keys * (words // together))) as i:
+        sample, head, key, chunk = unravel(i, p.heads, p.keys, words // together)
+        source = T.bind((sample * p.keys + key) * (p.heads * p.dim) + head * p.dim + chunk * (together * packed))
+        count = together * packed
+        if p.dim % packed:  # a pair at a time, of which the last has one
+            last = T.bind(p.dim - 1 - chunk * packed)
+            found = [keys[source], keep(T.if_then_else(last > 0, keys[source + T.min(last, 1)], f32(0.0, 1)))]
+        else:
+            found = [v for first in range(0, count, read) for v in values_of(keys, source + first, min(read, count))]
+        write(packed_k, (sample * p.heads + head) * (p.keys * words) + key * words + chunk * together, found, together)
+    groups, whole = -(-pairs // GROUP), pairs % GROUP == 0
+    with each(batch * (p.heads * groups * p.dim)) as i:
+        sample, head, group, d = unravel(i, p.heads, groups, p.dim)
 
-    packed_k, packed_v = buffers["packed_k"], buffers["packed_v"]
-    words = -(-p.dim // packed)
-    with each(batch * (p.heads * p.keys * words)) as i:
-        sample, head, key, w = unravel(i, p.heads, p.keys, words)
-        values = [value("k", sample, key, head, w * packed + e) for e in range(packed)]
-        store(packed_k, word(*values), sample, head, key, w)
-    words = -(-p.keys // packed)
-    with each(batch * (p.heads * words * p.dim)) as i:
-        sample, head, w, d = unravel(i, p.heads, words, p.dim)
-        values = [value("v", sample, w * packed + e, head, d) for e in range(packed)]
-        at = (sample * p.heads + head) * (words * p.dim) + value_word(words, p.dim, w, d)
-        store(flat(packed_v), word(*values), at)
+        def value(e: int) -> Expr:
+            key = T.bind(group * (GROUP * packed) + e)
+            found = values_[(sample * p.keys + T.min(key, p.keys - 1)) * (p.heads * p.dim) + head * p.dim + d]
+            return keep(T.if_then_else(key < p.keys, found, f32(0.0, 1)))
+
+        found = [value(e) for e in range(GROUP * packed)]
+        start = T.bind((sample * p.heads + head) * (pairs * p.dim))
+        if whole:
+            write(packed_v, start + value_word(pairs, p.dim, group * GROUP, d), found, GROUP)
+            return
+        for e in range(GROUP):
+            pair = T.bind(group * GROUP + e)
+            with T.If(pair < pairs), T.Then():
+                at = start + value_word(pairs, p.dim, pair, d)
+                write(packed_v, at, found[packed * e : packed * (e + 1)], 1)
 
 
 def value_word(pairs: int, dim: int, pair: Any, d: Any) -> Any:

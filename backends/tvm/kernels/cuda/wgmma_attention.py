@@ -28,8 +28,8 @@ KEYS = 64
 """Keys of a step."""
 FEW = 128
 """Keys that are one step."""
-MEMORY = 100 << 10
-"""Bytes of shared memory: two blocks of threads fit a processor."""
+MEMORY = 160 << 10
+"""Bytes of shared memory that a block of threads may take."""
 SETTLED = """
 __forceinline__ __device__ float mpq_settled(float x) {
   asm volatile("" : "+f"(x) : : "memory");
