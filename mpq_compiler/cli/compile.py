@@ -43,8 +43,8 @@ def add(commands: options.Commands) -> None:
     parser.add_argument(
         "--numerics",
         choices=("portable", "fast"),
-        help="portable: the same bits on every CPU target (default); fast: attentions in bfloat16 and in 8 bits too, "
-        "float layers in bfloat16",
+        help="portable: the same bits on every CPU target (default on CPUs); fast: attentions in bfloat16 and in 8 "
+        "bits too, float layers in bfloat16 (default on GPUs)",
     )
     parser.add_argument(
         "--tune", action="store_true",

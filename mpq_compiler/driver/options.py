@@ -55,7 +55,8 @@ class Options:
     numerics: str | None = None
     """The numerics mode: "portable" has equal bits on every CPU target, "fast" adds bfloat16 and 8-bit attentions.
 
-    None takes the recipe's, which is portable.
+    None takes the recipe's or, where it states none, portable on CPUs and fast on GPUs. A pipeline by hand is taken as
+    it stands.
     """
     effort: str | None = None
     """The effort of training: "none", "fast" (frozen codes), "balanced" (weights first, some 8 minutes), "best" (30).

@@ -44,8 +44,12 @@ def resolve(options: Options) -> list[Pass]:
     recipe = _with_settings(recipe, samples=options.samples, steps=options.steps)
     if options.steps is not None:
         recipe = _with_fewer_steps(recipe, options.steps)
-    if options.numerics != "portable" or _taker(recipe, "numerics").name() in recipe.pipeline:
-        recipe = _with_settings(recipe, numerics=options.numerics)
+    row = targets.resolve(options.target)
+    numerics = options.numerics
+    if numerics is None and by_hand is None:
+        numerics = _numerics_of(recipe, row)
+    if numerics != "portable" or _taker(recipe, "numerics").name() in recipe.pipeline:
+        recipe = _with_settings(recipe, numerics=numerics)
     if options.activations is not None and options.activations < 8:
         recipe = _with_width(recipe, options.activations)
     if options.effort is not None:
@@ -56,12 +60,21 @@ def resolve(options: Options) -> list[Pass]:
     elif options.lora_layers is not None:
         raise UserError("--lora-layers says which layers have a branch of --lora-rank: add that, or leave it out")
     recipe = _with_settings(recipe, lora_rank=options.lora_rank, lora_layers=options.lora_layers)
-    row = targets.resolve(options.target)
     if not backend_of(row).capabilities(row).decodes:
         recipe = _with_packed(recipe)
     passes = recipe.passes()
     manager.check(passes)
     return passes
+
+
+def _numerics_of(recipe: Recipe, row: targets.Target) -> str | None:
+    """The numerics mode for a target, where neither an option nor the recipe names one; None: that of the pass.
+
+    Of GPUs it is "fast": what stays float there is on tensor cores or slow, and its bits differ from a CPU's anyway.
+    """
+    taker = _taker(recipe, "numerics")
+    silent = taker.name() in recipe.pipeline and taker.settings["numerics"] not in recipe.options.get(taker.name(), {})
+    return "fast" if row.is_cuda and silent else None
 
 
 def _require_stages(named: tuple[str, ...], target: str) -> None:

@@ -137,6 +137,9 @@ def test_measurements_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         chosen.run(other, session)
 
 
+BY_HAND = "trace,layout,calibrate,time-groups,bit-allocation{uniform=int8},numerics,insert-fake-quant"
+
+
 def test_options() -> None:
     with pytest.raises(UserError, match="'kinds' of pass 'numerics' must be of f32, bf16, int8, not 'fp4'"):
         Numerics(kinds=("fp4",))
@@ -144,9 +147,18 @@ def test_options() -> None:
         parser.parse("numerics{mode=faster}")
     assert _mode(Options(recipe="w8a8", numerics="fast")) == "fast"
     assert _mode(Options(recipe="w8a8")) == "portable"
+    assert _mode(Options(recipe="w8a8", target="cuda-sm90")) == "fast"
+    assert _mode(Options(recipe="w8a8", target="cuda-sm90", numerics="portable")) == "portable"
+    assert _mode(Options(pipeline=BY_HAND, target="cuda-sm90")) == "portable"
     with pytest.raises(UserError, match="has no pass 'numerics'"):
         resolve.resolve(Options(pipeline="trace,layout", numerics="fast"))
     resolve.resolve(Options(pipeline="trace,layout", numerics="portable"))
+
+
+def test_a_recipe_may_say_portable_of_a_gpu(tmp_path) -> None:
+    recipe = tmp_path / "own.toml"
+    recipe.write_text('schema = 1\ndescription = "own"\nextends = "w8a8"\n[options.numerics]\nmode = "portable"\n')
+    assert _mode(Options(recipe=str(recipe), target="cuda-sm90")) == "portable"
 
 
 def _mode(options: Options) -> str:

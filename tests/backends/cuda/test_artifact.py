@@ -17,8 +17,10 @@ import torch
 
 pytest.importorskip("tvm")
 from mpq_compiler.artifact import bundle
+from mpq_compiler.backends.tvm import lowering
 from mpq_compiler.backends.tvm.build import build
 from mpq_compiler.backends.tvm.lowering import lower
+from mpq_compiler.backends.tvm.plan import stages
 from mpq_compiler.backends.tvm.plan.weight_only import keep_codes
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.cli import mpqc as cli_mpqc
@@ -96,6 +98,22 @@ def test_artifact_is_as_good_as_the_packed_program(name, weights, target, home, 
     (found,), _ = execute(path, [_arrays(inputs)], MPQ_EMULATED_SM=level)
     artifact_db = packed.sqnr_db(torch.from_numpy(found), expected)
     assert abs(artifact_db - packed_db) <= 0.1
+
+
+def test_gates_and_integers_change_no_bit(home, monkeypatch, tmp_path):
+    """Products that compute the gates behind them, and decode integers by shifts, against those that do neither."""
+    for variable, value in home.items():
+        monkeypatch.setenv(variable, value)
+    case, target = packed.program("sd15", "int4"), silicon.target() if silicon.asked() else targets.resolve("cuda-sm90")
+    found, inputs = [], packed.take(case.inputs, slice(2))
+    for name, left_out in (("whole", ()), ("less", (stages.FuseGates, stages.DecodeByShifts))):
+        own = [stage for stage in lowering.of_target(target) if not isinstance(stage, left_out)]
+        with monkeypatch.context() as patch:
+            patch.setattr(lowering, "of_target", lambda target, own=own: own)
+            built = build(case.program, target, (2,), jobs=2, cache=tmp_path)
+        path = packed.write(tmp_path / f"{name}.mpq", case.program, target, built)
+        found += execute(path, [_arrays(inputs)], MPQ_EMULATED_SM="90")[0]
+    np.testing.assert_array_equal(found[0].view(np.uint32), found[1].view(np.uint32))
 
 
 def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

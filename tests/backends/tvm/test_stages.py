@@ -92,8 +92,9 @@ def test_contract(model, name):
 
 def test_every_stage_of_every_target_says_what_it_does():
     every = {name for target in targets.TARGETS for name in _names(target)}
-    assert {*STAGES, "fuse-dequantization"} == every
-    classes = [*stages.JOINING, stages.HoistInvariants, stages.ConcatenateInPlace, stages.FuseDequantization]
+    on_gpus = [stages.FuseGates, stages.DecodeByShifts, stages.FuseDequantization]
+    assert {*STAGES, *(stage.name() for stage in on_gpus)} == every
+    classes = [*stages.JOINING, stages.HoistInvariants, stages.ConcatenateInPlace, *on_gpus]
     for cls in (tvm_lowering.SelectKernels, *classes):
         assert issubclass(cls, LoweringStage) and (cls.__doc__ or "").splitlines()[0].endswith((".", ";"))
         assert cls.contract == (Contract.LOWERED if cls is tvm_lowering.SelectKernels else Contract.IDENTICAL)
