@@ -27,7 +27,7 @@ _HELPER = re.compile(
     r"(tvm_builtin\w+|mpq_\w+)\(([^)]*)\) \{\n.*?\n\}\n",
     re.S,
 )
-_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^)]*)\) \{')
+_KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+(?:, \d+)?\) (\w+)\(([^)]*)\) \{')
 
 
 def missing() -> str | None:

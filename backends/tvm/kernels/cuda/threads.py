@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from tvm import tirx
@@ -18,6 +18,7 @@ from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 THREADS = 256
 """Threads of a block in kernels whose threads share nothing."""
 WARP = 32
+TOGETHER = "tirx.launch_bounds_min_blocks_per_sm"
 ALL_LANES = 0xFFFFFFFF
 
 
@@ -28,11 +29,15 @@ def primfunc(name: str, arguments: Sequence[Argument], body: Callable[[Any, Buff
 
 
 @contextmanager
-def grid(blocks: Any, threads: int = THREADS) -> Iterator[tuple[Any, Any]]:
-    """Launches a kernel: (number of the block, number of the thread in it)."""
+def grid(blocks: Any, threads: int = THREADS, together: int = 1) -> Iterator[tuple[Any, Any]]:
+    """Launches a kernel: (number of the block, number of the thread in it).
+
+    together: blocks that a processor must have registers for
+    """
     with (
         T.launch_thread(T.env_thread("blockIdx.x"), blocks) as block,
         T.launch_thread(T.env_thread("threadIdx.x"), threads) as thread,
+        T.attr(tirx.const(0, "int32"), TOGETHER, together) if together > 1 else nullcontext(),
     ):
         yield block, thread
 

@@ -115,18 +115,13 @@ class Fragments:
 
         tiles   the codes [fragments of channels, steps, words of lanes]: word w of lane l at place(w, l)
         lut     tables [fragments of channels, words of 4 entries]
-        start   where groups of time have zero points, four times the byte stands behind each row: pixels of the border
+        start   the sum of each channel's weights in each segment, which zero points are multiplied by
         """
         p, n = self.problem, self.outputs
         named = [Argument("tiles", (n // CHANNELS, self.steps, 32 * self.words), "uint32")]
         if self.looked_up:
             named.append(Argument("lut", (n // CHANNELS, 2**p.bits // 4), "uint32"))
-        return [*named, *vectors(p, n, self.start_row - n)]
-
-    @property
-    def start_row(self) -> int:
-        """Numbers in a row of start values."""
-        return self.outputs + (not self.problem.dynamic)
+        return [*named, *vectors(p, n, 1)]
 
     def channel(self, column: Any) -> Any:
         """The output channel that a column of the product is."""
@@ -230,7 +225,7 @@ class _Prepare:
             store(self.b["lut"], packed, block, word)
 
     def _vectors(self, i: Any, j: Any, values: Any) -> None:
-        """Scale and start values of column i and segment j; offset and bias of the column. Zero behind the last."""
+        """Scale and sum of column i and segment j; offset and bias of the column. Zero behind the last."""
         p, b = self.p, self.b
         inside, behind = T.min(self.w.channel(i), p.outputs - 1), i >= p.outputs
 
@@ -246,15 +241,7 @@ class _Prepare:
         with T.If(i < p.outputs), T.Then(), T.serial(0, self.w.taps) as tap, T.serial(0, size) as k:
             weight = values[inside * p.reduction + tap * p.channels + first + k]
             store(total, total[0] + T.cast(weight, "int32"), 0)
-        if p.dynamic:
-            store(b["start"], total[0], j, 0, i)
-        else:
-            with T.serial(0, p.groups) as g:
-                zero = T.cast(b["act_zero"][j, g], "int32")
-                store(b["start"], (0 - zero) * total[0], j, g, i)
-                with T.If(tirx.EQ(i, 0)), T.Then():
-                    bytes_ = tirx.reinterpret("int32", T.cast(zero, "uint32") * T.uint32(0x01010101))
-                    store(b["start"], bytes_, j, g, self.w.outputs)
+        store(b["start"], total[0], j, 0, i)
         with T.If(tirx.EQ(j, 0)), T.Then():
             T.evaluate(T.int32(0))
             if p.has_offset:

@@ -24,7 +24,8 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, part,
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
-STAGES = 4
+STAGES, BLOCK_COLUMNS = 4, 256
+"""Steps in shared memory at once; columns of the blocks of threads that a processor has registers for."""
 PERIOD = 8 * STEP
 """Bytes of shared memory after which the pattern of swapped chunks begins anew: 8 rows."""
 LAYOUT = PERIOD >> 4 | 2 << 30
@@ -54,7 +55,8 @@ def tile(problem: QuantMatmul) -> Tile:
     """
     sizes = [(rows, columns) for rows in range(64, 161, 16) for columns in (64, 128)]
     outputs = Fragments(problem).outputs
-    tiles = [Tile(rows, columns, 1, columns // CHANNELS, STAGES) for rows, columns in sizes if outputs % columns == 0]
+    fitting = [(rows, columns) for rows, columns in sizes if outputs % columns == 0]
+    tiles = [Tile(rows, columns, 1, columns // CHANNELS, STAGES, BLOCK_COLUMNS // columns) for rows, columns in fitting]
     return model.fastest(problem, [t for t in tiles if not problem.has_offset or t.rows <= t.threads])
 
 

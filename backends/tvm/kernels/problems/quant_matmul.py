@@ -178,13 +178,14 @@ class QuantMatmul:
         return ("B", *(self.out_height, self.out_width)[: self.rank - 2], self.results)
 
 
-def vectors(problem: QuantMatmul, outputs: int, behind: int = 0) -> list[Argument]:
+def vectors(problem: QuantMatmul, outputs: int, starts: int | None = None) -> list[Argument]:
     """The buffers that `prepare` makes beside codes and tables, for `outputs` channels, padding included.
 
-    behind: more numbers in each row of start values
+    starts: rows of start values of a segment, where it is not one for each group of time
     """
     p, n = problem, outputs
-    named = [Argument("start", (len(p.segments), 1 if p.dynamic else p.groups, n + behind), "int32")]
+    starts = starts or (1 if p.dynamic else p.groups)
+    named = [Argument("start", (len(p.segments), starts, n), "int32")]
     named.append(Argument("weight_scale", (len(p.segments), n), "float32"))
     if p.late_zeros:
         named.append(Argument("sums", (n,), "float32"))

@@ -99,6 +99,8 @@ class Kernel:
         self.copied = math.gcd(CHUNK, *sizes)
         """Bytes that are copied at once: addresses are multiples of this."""
         self.several = len(problem.segments) > 1
+        self.tables: tuple[Any, Any] | None = None
+        """Scales and zero points of the tile's rows, where there are several."""
         self.most_splits = most_splits
 
     def emit(self, batch: Any) -> None:
@@ -109,7 +111,7 @@ class Kernel:
         self.splits: Any = 1
         if self.most_splits > 1:
             self.splits = T.bind(T.max(1, T.min(BLOCKS // (down * across), self.most_splits)))
-        with grid(down * across * self.splits, t.threads) as (number, thread):
+        with grid(down * across * self.splits, t.threads, t.together) as (number, thread):
             self.thread = thread
             self.split: Any = T.bind(number // (down * across)) if self.most_splits > 1 else 0
             block = T.bind(number - self.split * (down * across))
@@ -130,6 +132,7 @@ class Kernel:
                         self._store()
             else:
                 self._store()
+            self.tables = None
         if self.most_splits > 1:
             self._add_parts()
 
@@ -190,8 +193,7 @@ class Kernel:
 
     def _zero_points(self, i: int, segment: Index) -> Expr:
         """The zero point of a row's activations in a segment, four times: what pixels of the border are."""
-        place = (segment * self.p.groups + self.row_group[i]) * self.w.start_row + self.w.outputs
-        return tirx.reinterpret("uint32", self.b["start"][place])
+        return T.cast(self.b["act_zero"][segment * self.p.groups + self.row_group[i]], "uint32") * T.uint32(ONES)
 
     def _find_inside(self, i: int, top: Index, left: Index, there: Index) -> None:
         """Finds which taps of a row meet the image. there: whether the row is one of the product's."""
@@ -525,18 +527,19 @@ class Kernel:
         inside = T.min(row, self.total - 1)
         if self.p.late_zeros:
             return vmath.fma(T.cast(total, "float32"), scale, y)
-        if p.dynamic:
-            total = total - self._zero(inside, segment) * b["start"][segment * self.w.start_row + column]
-        else:
-            total = total + b["start"][(segment * p.groups + self._group(inside)) * self.w.start_row + column]
+        total = total - self._zero(inside, segment) * b["start"][segment * n + column]
         return vmath.fma(T.cast(total, "float32"), vmath.mul(self._scale(inside, segment), scale), y)
 
     def _scale(self, row: Any, segment: Any) -> Expr:
         """The scale of the activations of a row."""
+        if self.tables is not None:
+            return self.tables[0][row - self.first_row]
         return self.b["act_scale"][row if self.p.dynamic else segment * self.p.groups + self._group(row)]
 
     def _zero(self, row: Any, segment: Any) -> Expr:
         """The zero point of the activations of a row, int32."""
+        if self.tables is not None:
+            return self.tables[1][row - self.first_row]
         at = row if self.p.dynamic else segment * self.p.groups + self._group(row)
         return T.cast(self.b["act_zero"][at], "int32")
 
@@ -586,6 +589,7 @@ class Kernel:
         """
         t, p = self.t, self.p
         if not self.several:
+            self.tables = self._row_tables()
             self._sum_activations(0)
         rows = 16 * t.down
         staged = part(self.x, 0, rows * t.columns, "float32")
@@ -623,6 +627,24 @@ class Kernel:
         if gate.first:
             first, second = second, first
         return [vmath.keep(vmath.mul(a, vmath.UNARY[gate.op](b))) for a, b in zip(first, second, strict=True)]
+
+    def _row_tables(self) -> tuple[Any, Any] | None:
+        """Scales and zero points of rows in shared memory, where nobody reads weights any more.
+
+        Every output of a row else reads the group of its sample, and then what the group has.
+        """
+        t = self.t
+        if not self.p.dynamic and self.p.groups == 1:
+            return None
+        first = t.stages * t.rows * STEP + 4 * t.rows  # behind the sums of activations (`wgmma`)
+        scales, zeros = part(self.x, first, t.rows, "float32"), part(self.x, first + 4 * t.rows, t.rows, "int32")
+        barrier()
+        with strided(self.thread, t.rows, t.threads) as i:
+            row = T.bind(T.min(self.first_row + i, self.total - 1))
+            store(scales, self._scale(row, 0), i)
+            store(zeros, self._zero(row, 0), i)
+        barrier()
+        return scales, zeros
 
     @property
     def _together(self) -> int:

@@ -31,16 +31,15 @@ def microseconds(problem: QuantMatmul, tile: Tile, batch: int) -> float:
     tiles = -(-batch * problem.rows // tile.rows) * (w.outputs // tile.columns)
     splits = max(1, min(BLOCKS // tiles, most_splits(problem)))
     blocks = -(-tiles * splits // PROCESSORS)
-    rounds = -(-blocks // room(problem, tile))
+    rounds = -(-blocks // room(tile))
     step = blocks * (OUTPUT * tile.rows * tile.columns + COPIED * (tile.rows + tile.columns)) + EACH * rounds
     shared = SPLIT * batch * problem.rows * problem.outputs if splits > 1 else 0.0
     return LAUNCH + ROUND * rounds + w.steps / splits * step + shared
 
 
-def room(problem: QuantMatmul, tile: Tile) -> int:
-    """Blocks of threads that a processor has room for: a thread has half a register for each row, and some more."""
-    more = 64 if problem.dynamic else 52 if problem.bits == 3 and problem.has_offset else 45
-    registers = -(-(tile.rows // 2 + more) // 8) * 8 * tile.threads
+def room(tile: Tile) -> int:
+    """Blocks of threads that a processor has room for: a thread has half a register for each row, and 45."""
+    registers = -(-(tile.rows // 2 + 45) // 8) * 8 * tile.threads
     memory = tile.stages * (tile.rows + tile.columns) * STEP + 1024
     return max(1, min(REGISTERS // registers, SHARED // memory))
 

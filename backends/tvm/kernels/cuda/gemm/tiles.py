@@ -16,6 +16,7 @@ class Tile:
     rows, columns: of the block
     down, across:  its warps
     stages:        steps in shared memory at once
+    together:      blocks that a processor must have registers for
     """
 
     rows: int
@@ -23,6 +24,7 @@ class Tile:
     down: int = 2
     across: int = 2
     stages: int = 3
+    together: int = 1
 
     @property
     def threads(self) -> int:
