@@ -138,14 +138,19 @@ def _cuda(name: str, arch: str, *levels: int, release: int = nvidia.CUDA_13) -> 
     """
     options = {"kind": "cuda", "arch": f"sm_{levels[0]}"}
     features = tuple(map(nvidia.feature, levels))
-    status = "run on an emulator, never on silicon"
+    on_silicon = (name, release) == (f"cuda-sm{nvidia.HOPPER}", nvidia.CUDA_13)
+    status = "run on an H200" if on_silicon else "run on an emulator, never on silicon"
     return Target(name, arch, "cuda", "tvm", features, options, status, (BF16,), release)
 
 
-def _single(name: str, release: int = nvidia.CUDA_13) -> Iterator[Target]:
-    """One target for each level; a Jetson (87) is the only one with an AArch64 CPU."""
-    for level in (80, 87, 89, 90):
-        yield _cuda(f"{name}-sm{level}", "aarch64" if level == 87 else "x86_64", level, release=release)
+def _single(name: str, *levels: int, release: int = nvidia.CUDA_13) -> Iterator[Target]:
+    """One target for each level, with the CPU that is beside it in most machines."""
+    for level in levels:
+        yield _cuda(f"{name}-sm{level}", "aarch64" if level in _BESIDE_ARM else "x86_64", level, release=release)
+
+
+_BESIDE_ARM = (87, 110, 121)
+"""The levels of Jetson Orin, of Jetson Thor and of DGX Spark."""
 
 
 TARGETS: dict[str, Target] = {
@@ -174,10 +179,11 @@ TARGETS: dict[str, Target] = {
             (*_ARMV8, "asimddp", "i8mm", "bf16", "sme", "sme2", "smei8i32"),
             (BF16, INT8),
         ),
-        *_single("cuda"),
+        *_single("cuda", 80, 87, 89, 90, 100, 110, 120, 121),
+        _cuda("cuda-sm90-aarch64", "aarch64", 90),
         _cuda("cuda", "x86_64", 80, 87, 89, 90),
         _cuda("cuda-aarch64", "aarch64", 80, 87, 89, 90),
-        *_single("cuda12", release=12060),
+        *_single("cuda12", 80, 87, 89, 90, release=12060),
         Target("onnx", "any", "onnx", "onnx"),
         Target("reference", "any", "reference", "reference"),
     )

@@ -20,7 +20,8 @@ NAMES = [
     *("x86-64-avx2", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx512vnni", "x86-64-amx"),
     *ARM,
     "aarch64-sme2",
-    *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "cuda", "cuda-aarch64"),
+    *("cuda-sm80", "cuda-sm87", "cuda-sm89", "cuda-sm90", "cuda-sm100", "cuda-sm110", "cuda-sm120", "cuda-sm121"),
+    *("cuda-sm90-aarch64", "cuda", "cuda-aarch64"),
     *("cuda12-sm80", "cuda12-sm87", "cuda12-sm89", "cuda12-sm90", "onnx", "reference"),
 ]
 
@@ -44,7 +45,13 @@ def test_the_table_holds_every_documented_name():
 
 def test_what_never_ran_on_silicon_says_so():
     said = {name for name, target in targets.TARGETS.items() if "never on silicon" in target.status}
-    assert said == {name for name in NAMES if name.startswith(("aarch64", "cuda", "x86-64-amx"))}
+    assert said == {n for n in NAMES if n.startswith(("aarch64", "cuda", "x86-64-amx")) and n != "cuda-sm90"}
+
+
+def test_a_gpu_has_the_processor_that_is_beside_it():
+    beside_arm = {name for name, target in targets.TARGETS.items() if target.is_cuda and target.arch == "aarch64"}
+    jetsons = {"cuda-sm87", "cuda12-sm87", "cuda-sm110", "cuda-sm121"}
+    assert beside_arm == {*jetsons, "cuda-sm90-aarch64", "cuda-aarch64"}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +59,7 @@ def test_what_never_ran_on_silicon_says_so():
     [
         ([80], 80, True), ([80], 86, True), ([80, 89], 89, True), ([87], 86, False), ([80], 90, False),
         ([90], 89, False), ([80, 87], 87, True), ([80], 87, False), ([87], 89, False),
+        ([100], 103, True), ([120], 121, True), ([100], 110, False), ([110], 120, False), ([121], 120, False),
     ],
 )  # fmt: skip
 def test_machine_code_runs_within_its_generation(code, level, runs):

@@ -159,3 +159,15 @@ def test_gates(build):
 def test_a_gate_joins_whole_blocks():
     with pytest.raises(ValueError, match="96 outputs are no pairs of 32"):
         linear((5,), 64, 96, gate=Gate("gelu"))
+
+
+@pytest.mark.parametrize("level", [100, 110, 120, 121])
+def test_machine_code_of_later_gpus(level, tmp_path):
+    """The instructions of sm_80 are theirs as well; no register is spilled."""
+    problems = {"k8": linear((256,), 640, 640), "k4": linear((256,), 640, 640, bits=4, integers=True)}
+    target, code = targets.resolve(f"cuda-sm{level}"), tmp_path / "kernels.fatbin"
+    _, device = machine_code.compiled({name: gemm.build(p, name) for name, p in problems.items()}, target)
+    code.write_bytes(machine_code.fatbin(device.source, target.levels))
+    used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
+    assert f"sm_{level}" in listed and set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
+    assert listed.count(" IMMA.16832.U8.S8") >= len(problems) * 64, sorted(set(re.findall(r"I?MMA[\w.]*", listed)))
