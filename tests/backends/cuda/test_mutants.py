@@ -19,6 +19,7 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     weight_only,
     weights,
     wgmma,
+    wgmma_attention,
 )
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
 from mpq_compiler.backends.tvm.kernels.problems import attention, float_gemm
@@ -45,24 +46,28 @@ GEMM: Mutants = {
         "load(begin + ahead, stage)",
     ),
     "writes a row too many": (
-        "tirx.all(row < self.total, column < p.outputs)",
-        "tirx.all(row <= self.total, column < p.outputs)",
+        "tirx.all(row < self.total, column < p.results)",
+        "tirx.all(row <= self.total, column < p.results)",
     ),
     "writes columns too many": (
-        "tirx.all(row < self.total, column < p.outputs)",
-        "tirx.all(row < self.total, column <= p.outputs)",
+        "tirx.all(row < self.total, column < p.results)",
+        "tirx.all(row < self.total, column <= p.results)",
     ),
-    "the border of the first group": (
-        "((segment * p.groups + self.row_group[i]) * w.start_row",
-        "((segment * p.groups) * w.start_row",
-    ),
+    "the border of the first group": ("segment * self.p.groups + self.row_group[i]]", "segment * self.p.groups]"),
+    "a border of three bytes": ('"uint32") * T.uint32(ONES)', '"uint32") * T.uint32(ONES >> 8)'),
+    "the border of the first row copied": ("else self.border[i]", "else self.border[0]"),
     "a line too many": ("first + d < size)", "first + d <= size)"),
     "another tap": ("dy, dx = divmod(tap, p.kernel[1])", "dx, dy = divmod(tap, p.kernel[1])"),
     "the border of the first row": ("bits, place = self.inside[i], T", "bits, place = self.inside[0], T"),
     "the zero point of the first group": (
-        'total = total + b["start"][(segment * p.groups + self._group(inside)) * self',
-        'total = total + b["start"][(segment * p.groups) * self',
+        "at = row if self.p.dynamic else segment * self.p.groups + self._group(row)",
+        "at = row if self.p.dynamic else segment * self.p.groups",
     ),
+    "tables over weights that are read": (
+        "        barrier()\n        with strided(self.thread, t.rows",
+        "        with strided(self.thread, t.rows",
+    ),
+    "tables of other rows": ("T.min(self.first_row + i, self.total", "T.min(self.first_row + i + 40, self.total"),
     "the scale of the first group": (
         "else segment * self.p.groups + self._group(row)]",
         "else segment * self.p.groups]",
@@ -108,7 +113,8 @@ WGMMA: Mutants = {
     "the zero point of another row": ("self.first_row + self._row_of_thread()", "self.first_row + self.lane"),
     "a word too few": ("for e in range(CHUNK // 4):", "for e in range(CHUNK // 4 - 1):"),
     "sums of another row": ("// 4 * 8 + self.lane % 4 * 2 + at % 2]", "// 4 * 8 + self.lane % 4 * 2]"),
-    "no barrier before sums": ("        barrier()\n        store", "        store"),
+    "no barrier before sums": ("        barrier()\n        with T.If", "        with T.If"),
+    "sums by two threads": ("with T.If(self._first_of_row())", "with T.If(self.thread >= 0)"),
 }
 SPLIT_WGMMA: Mutants = {"sums of rows by no one": ("return self.thread < self.t.rows", "return self.thread < 0")}
 ATTENTION: Mutants = {
@@ -137,18 +143,22 @@ FAST_ATTENTION: Mutants = {
     "copies into the stage that is read": ("T.bind((step + 1) % STAGES)", "T.bind(step % STAGES)"),
     "eight keys twice": ("lane // 16 * 8 + lane % 8)", "lane % 8)"),
     "eight terms twice": ("+ lane // 8 % 2 * 4)", "+ lane // 16 % 2 * 4)"),
-    "eight values twice": ("4 * (tile + half) * t.value_pitch", "4 * tile * t.value_pitch"),
+    "eight values twice": ("+ matrix % 2) * t.value_pitch", ") * t.value_pitch"),
+    "eight dimensions twice": ("+ matrix // 2 * (", "+ 0 * matrix * ("),
     "lanes of another column": ("T.bind(self.lane % 4)", "T.bind(self.lane % 4 ^ 1)"),
-    "weights turned": ("bfloat16.pair(low, high), row", "bfloat16.pair(high, low), row"),
+    "weights turned": ("return bfloat16.pair(low, high)", "return bfloat16.pair(high, low)"),
     "rows turned": ("row // 2 * 4 + 2 * half + row % 2)", "row // 2 * 4 + 2 * half + 1 - row % 2)"),
     "a key too many": ("tirx.Select(key < p.keys,", "tirx.Select(key <= p.keys,"),
     "keys that are not there": ("tirx.EQ(step, p.keys // t.keys)", "tirx.EQ(step, p.keys // t.keys + 1)"),
-    "keys from the start": ("T.min(step * t.keys + row, p.keys - 1)", "T.min(row, p.keys - 1)"),
-    "values from the start": ("T.bind(step * (t.keys // 2) + row)", "T.bind(row)"),
+    "keys from the start": ("key, word = step * t.keys + row,", "key, word = row + 0,"),
+    "values from the start": ("T.bind(step * (t.keys // 8) + group)", "T.bind(group)"),
     "a query too many": ("T.If(query < p.queries)", "T.If(query <= p.queries)"),
     "a dimension too many": ("T.If(d < p.dim)", "T.If(d <= p.dim)"),
-    "no rescaling of outputs": ("store(self.out, mul(self.out[at], rescale), at)", "store(self.out, self.out[at], at)"),
-    "no rescaling of the sum": ("mul(self.total[row], rescale), row)", "self.total[row], row)"),
+    "no rescaling of outputs": (
+        "store(self.out, mul(self.out[at], rescale[row]), at)",
+        "store(self.out, self.out[at], at)",
+    ),
+    "no rescaling of the sum": ("mul(self.total[row], rescale[row]), row)", "self.total[row], row)"),
     "the maximum of old": ("store(self.highest, new[row], row)", "store(self.highest, self.highest[row], row)"),
     "the maximum of two lanes": (
         "for distance in (1, 2):\n                store(new",
@@ -303,23 +313,48 @@ PACK_8_BITS: Mutants = {
     "words of a lane apart": ("number * count + word)\n", "number + word)\n"),
 }
 READY: Mutants = {
-    "a key for another": ("T.min(key, p.keys - 1), head", "T.max(key - 1, 0), head"),
-    "keys that are not there": ("tirx.all(key < p.keys, d < p.dim)", "d < p.dim"),
-    "dimensions that are not there": ("tirx.all(key < p.keys, d < p.dim)", "key < p.keys"),
-    "behind the last key": ("tirx.all(key < p.keys,", "tirx.all(key < p.keys - 1,"),
-    "behind the last dimension": ("d < p.dim), found", "d < p.dim - 1), found"),
-    "the first head": ("head * p.dim + T.min", "T.min"),
-    "keys of another sample": ('value("k", sample, key', 'value("k", 0, key'),
-    "values of another sample": ('value("v", sample, w', 'value("v", 0, w'),
-    "keys for values": ('value("v", sample', 'value("k", sample'),
-    "a dimension of two": ("head, w * packed + e) for", "head, w * packed) for"),
-    "a key of two": ("w * packed + e, head, d)", "w * packed, head, d)"),
-    "keys side by side": ("w * packed + e, head, d)", "w + words * e, head, d)"),
-    "words turned": ("bfloat16.pair(low, high))", "bfloat16.pair(high, low))"),
-    "a word of the keys too few": ("(p.heads * p.keys * words)) as", "(p.heads * p.keys * words) - 1) as"),
-    "a word of the keys too many": ("(p.heads * p.keys * words)) as", "(p.heads * p.keys * words) + 1) as"),
-    "a word of the values too few": ("(p.heads * words * p.dim)) as", "(p.heads * words * p.dim) - 1) as"),
-    "a word of the values too many": ("(p.heads * words * p.dim)) as", "(p.heads * words * p.dim) + 1) as"),
+    "a key for another": ("T.min(key, p.keys - 1)) * (p.heads", "T.max(key - 1, 0)) * (p.heads"),
+    "values that are not there": ("T.if_then_else(key < p.keys, found", "T.if_then_else(key < p.keys + 1, found"),
+    "behind the last value": ("T.if_then_else(key < p.keys, found", "T.if_then_else(key < p.keys - 1, found"),
+    "dimensions that are not there": ("T.if_then_else(last > 0, keys", "T.if_then_else(last >= 0, keys"),
+    "keys of the first head": ("+ head * p.dim + chunk", "+ chunk"),
+    "values of the first head": ("+ head * p.dim + d]", "+ d]"),
+    "keys of another sample": ("T.bind((sample * p.keys + key)", "T.bind((key)"),
+    "values of another sample": ("found = values_[(sample * p.keys + T", "found = values_[(T"),
+    "the first part of a key": ("* p.dim + chunk * (together * packed))", "* p.dim)"),
+    "a key of two": ("T.bind(group * (GROUP * packed) + e)", "T.bind(group * (GROUP * packed) + e // 2 * 2)"),
+    "words turned": ("bfloat16.pair(*pair)", "bfloat16.pair(*pair[::-1])"),
+    "a thread of keys too few": ("(words // together))) as i", "(words // together)) - 1) as i"),
+    "a thread of keys too many": ("(words // together))) as i", "(words // together)) + 1) as i"),
+    "a thread of values too few": ("(p.heads * groups * p.dim)) as", "(p.heads * groups * p.dim) - 1) as"),
+    "a thread of values too many": ("(p.heads * groups * p.dim)) as", "(p.heads * groups * p.dim) + 1) as"),
+    "groups of four in any case": ("size = T.min(pairs - group * GROUP, GROUP)", "size = GROUP"),
+    "words over one another": ("+ (pair - group * GROUP)", "+ 0"),
+    "keys of the first head written": ("(sample * p.heads + head) * (p.keys", "(sample * p.heads) * (p.keys"),
+}
+READY_WHOLE: Mutants = {
+    "four dimensions twice": ("keys, source + first, min(read", "keys, source, min(read"),
+    "the first four words of a key": ("+ key * words + chunk * together, found", "+ key * words, found"),
+    "values of the first group": ("p.dim, group * GROUP, d), found", "p.dim, 0 * group, d), found"),
+}
+WGMMA_ATTENTION: Mutants = {
+    "registers not in order": ("T.evaluate(T.ptx.wgmma.fence.sync.aligned())", "pass"),
+    "copies not seen": ('T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())', "pass"),
+    "does not wait for scores": ("weigh(step, 1)", "weigh(step, 2)"),
+    "does not wait for the first scores": ("weigh(0, 0)", "weigh(0, 1)"),
+    "does not wait for sums": ("wait_group.sync.aligned(0)", "wait_group.sync.aligned(1)"),
+    "no barrier before a step": ("                barrier()\n                score", "                score"),
+    "no barrier before the last values": ("        barrier()\n        sum_values", "        sum_values"),
+    "keys into the stage that is read": ("(step + 1, T.bind((step + 1) % STAGES))", "(step + 1, T.bind(step % STAGES))"),
+    "values into the stage that is read": ("(step, T.bind(step % STAGES))", "(step, T.bind((step + 1) % STAGES))"),
+    "scores on scores": ("at, k > 0)", "at, True)"),
+    "the first dimensions again": (" + 2 * k * (t.key_pitch // GROUP)", ""),
+    "the first keys again": ("self.key_tiles + 2 * pair)", "self.key_tiles)"),
+    "rows of another pitch": ("(self.keys + 1) * GROUP", "self.keys * GROUP + 1"),
+    "matrices twice as close": ("(8 * 16 >> 4) << 32", "(8 * 16 >> 5) << 32"),
+    "keys for values": ("values = self._operand(self.values,", "values = self._operand(self.keys,"),
+    "weights of the first row": ("self._weight(row, tile), 2 * tile + row)", "self._weight(0, tile), 2 * tile + row)"),
+    "half of the threads copy": ("return 32 * WARPS * self.t.groups", "return 32 * WARPS"),
 }
 OF_WARPS_NORM: Mutants = {
     "no mean": (
@@ -393,7 +428,7 @@ def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
     return [*(draw.standard_normal(a.shape).astype(a.dtype) for a in arrays[:-made]), *arrays[-made:]]
 
 
-CONV = QuantMatmul(9, 11, 20, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)
+CONV = QuantMatmul(9, 11, 36, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)  # its last step as well
 WIDE = QuantMatmul.linear((130,), 298, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
 LONG = QuantMatmul.linear((5,), 1612, 60, bits=4, groups=3, has_offset=True)
 ROWS = norms_problems.LayerNorm(7, 2100, eps=1e-2)  # by a block of threads each
@@ -402,7 +437,9 @@ FAST = fast_attention_problems.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
 FEW = replace(BFLOAT16, channels=10, outputs=20)
-SMALL = fast_attention_problems.Ready(7, 2, 5, BF16)
+SMALL = fast_attention_problems.Ready(5, 2, 5, BF16)
+WHOLE = fast_attention_problems.Ready(24, 2, 16, BF16)
+STEPS = fast_attention_problems.FastAttention(133, 200, 2, 40, scale=0.3, mask=("B", 1, 133, 200))
 SQUARES = norms_problems.RmsNorm(7, 2100, eps=1e-2)
 OF_WARPS = norms_problems.LayerNorm(11, 300, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
@@ -428,9 +465,9 @@ def _product(problem: QuantMatmul) -> list[np.ndarray]:
     return [data[a.name] if a.name in data else empty(a, 2) for a in arguments]
 
 
-def _fast_attention() -> list[np.ndarray]:
-    ready = fast_attention_problems.Ready(FAST.keys, FAST.heads, FAST.dim, FAST.numerics)
-    q, k, v, *rest = _draw(attention.arguments(FAST), 2)
+def _fast_attention(problem: fast_attention_problems.FastAttention) -> list[np.ndarray]:
+    ready = fast_attention_problems.Ready(problem.keys, problem.heads, problem.dim, problem.numerics)
+    q, k, v, *rest = _draw(attention.arguments(problem), 2)
     made = [empty(a, 2) for a in fast_attention_problems.outputs(ready)]
     (results,) = Library({"ready": fast_attention.build(ready, "ready")}).run([("ready", [k, v, *made])])
     return [q, *results[2:], *rest]
@@ -460,7 +497,9 @@ SUBJECTS = {
     "attention": Subject(
         cuda_attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(attention.arguments(HEADS), 2)
     ),
-    "fast_attention": Subject(fast_attention, FAST_ATTENTION, lambda m, n: m.build(FAST, n), _fast_attention),
+    "fast_attention": Subject(
+        fast_attention, FAST_ATTENTION, lambda m, n: m.build(FAST, n), lambda: _fast_attention(FAST)
+    ),
     "products": Subject(
         float_units, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
     ),
@@ -481,11 +520,17 @@ SUBJECTS = {
         )
         for bits, mutants in {2: PACK_2_BITS, 3: PACK_CODES, 8: PACK_8_BITS}.items()
     },
-    "ready": Subject(
-        fast_attention,
-        READY,
-        lambda m, n: m.build(SMALL, n),
-        lambda: _draw(fast_attention_problems.arguments(SMALL), 2, 2),
+    **{
+        name: Subject(
+            fast_attention,
+            mutants,
+            lambda m, n, problem=problem: m.build(problem, n),
+            lambda problem=problem: _draw(fast_attention_problems.arguments(problem), 2, 2),
+        )
+        for name, mutants, problem in (("ready", READY, SMALL), ("ready, whole", READY_WHOLE, WHOLE))
+    },
+    "wgmma attention": Subject(
+        wgmma_attention, WGMMA_ATTENTION, lambda m, n: m.build(STEPS, n), lambda: _fast_attention(STEPS)
     ),
     "rms norm": Subject(
         norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(norms_problems.arguments(SQUARES), 2)

@@ -438,7 +438,7 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
     "classes": (
         FORMATS[1],
         {
-            "the table of the first channels": ("T.min(block, p.row_classes - 1)", "T.min(block, 0)"),
+            "the table of the first channels": ("T.min(own, p.row_classes - 1)", "T.min(own, 0)"),
             "bytes of a word of a table turned": ("entry << T.uint32(8 * byte)", "entry << T.uint32(8 * (3 - byte))"),
             "words of a table over one another": ("word * 4 + byte]", "word * 2 + byte]"),
             "sums by the table of other channels": ("[i // CHANNELS], ", "[i // BLOCK], "),
@@ -447,6 +447,15 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
                 "each(w.outputs // CHANNELS * (w.steps * 32)",
                 "each((w.outputs // CHANNELS - 2) * (w.steps * 32)",
             ),
+        },
+    ),
+    "integers": (
+        FORMATS[5],
+        {
+            "integers without their sign": ("T.bitwise_xor(code, T.uint32(8))", "code"),
+            "halves of bytes over one another": ("8 * e + 4 * kk)", "8 * e)"),
+            "halves of bytes turned": ("8 * e + 4 * kk)", "8 * e + 4 * (1 - kk))"),
+            "bytes of integers turned": ("8 * e + 4 * kk)", "8 * (3 - e) + 4 * kk)"),
         },
     ),
     "three bits": (
@@ -463,13 +472,13 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
         },
     ),
     "widths": (
-        FORMATS[6],
+        FORMATS[7],
         {
             "values from the least of another table": ('[len(p.widths) - 1, 0], "int32")', '[0, 0], "int32")'),
         },
     ),
     "five bits": (
-        FORMATS[7],
+        FORMATS[8],
         {
             "codes for values": ("kept = value if p.bits == 8 else code", "kept = code"),
         },
@@ -483,9 +492,7 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
                 "(p.segments, self.w.first_channels))",
                 "(p.segments, self.w.first_units))",
             ),
-            "zero points added": ("(0 - zero) * total[0]", "zero * total[0]"),
-            "the zero point of the first group": ('b["act_zero"][j, g]', 'b["act_zero"][j, 0]'),
-            "the zero point of the first segment": ('b["act_zero"][j, g]', 'b["act_zero"][0, g]'),
+            "sums over those of the first segment": ("total[0], j, 0, i)", "total[0], 0, 0, i)"),
             "the offset of the first channel": ('b["stored_offset"][inside]', 'b["stored_offset"][0]'),
             "the bias of the first channel": ('b["stored_bias"][inside]', 'b["stored_bias"][0]'),
             "segments from the first unit on": ("(own - (0 if w.even else first))", "own"),
@@ -493,7 +500,7 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
         },
     ),
     "late zero points": (
-        SEGMENTS[3],
+        SEGMENTS[4],
         {
             "sums of the first of even segments": ("first: Any = j * size", "first: Any = 0"),
             "sums of dynamic rows negated": (
@@ -525,8 +532,7 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
     "border": (
         IMAGE,
         {
-            "a border of three bytes": ("0x01010101", "0x00010101"),
-            "a border of one word": ("T.If(i < CHUNK // 4)", "T.If(i < 1)"),
+            "sums of weights doubled": ("total[0], j, 0, i)", "2 * total[0], j, 0, i)"),
             "bytes turned": ("kk + h, code, 8 * e)", "kk + h, code, 8 * (3 - e))"),
             "a chunk of a tap": ("(chunk - tap * chunks) * CHUNK", "chunk * CHUNK"),
             "values of a lane apart": ("lane % 4 * 4 + e))", "lane % 4 + 4 * e))"),

@@ -33,6 +33,62 @@ static void (*body)(void **);
 static void **arguments;
 alignas(1024) char anchor;
 
+// Of each byte of shared memory who has written and read it last, and between which barriers: what no barrier separates
+// and happens in two threads is a race, whatever order the emulator runs them in. Kernels are compiled with calls of
+// these functions for all that they read and write (-fsanitize=thread); copies count from when they are asked for until
+// they have been waited for.
+struct Seen { unsigned block, written, read; short writer, reader; bool others, pending; };
+extern "C" char __start_mpq_shared[] __attribute__((visibility("hidden"), weak));
+extern "C" char __stop_mpq_shared[] __attribute__((visibility("hidden"), weak));
+static Seen *seen;
+static unsigned epochs[THREADS], blocks;
+enum Access { READS, WRITES, COPIES, LANDS };
+
+[[noreturn]] static void race(const char *what, const char *place, int other) {
+    fprintf(stderr, "emulator: a race: thread %d %s shared memory at %ld; thread %d, no barrier between them\n", current,
+            what, (long)(place - __start_mpq_shared), other);
+    abort();
+}
+
+static void note(const void *at, long count, Access access) {
+    if ((char *)at < __start_mpq_shared || (char *)at >= __stop_mpq_shared) return;
+    if (!seen) seen = (Seen *)calloc(__stop_mpq_shared - __start_mpq_shared, sizeof(Seen));
+    for (const char *place = (char *)at; place < (char *)at + count; ++place) {
+        Seen &byte = seen[place - __start_mpq_shared];
+        bool known = byte.block == blocks;
+        if (!known) byte = {blocks, 0, 0, -1, -1, false, false};
+        unsigned now = epochs[current] + 1;
+        bool written = byte.written == now && byte.writer != current;
+        bool read = byte.read == now && (byte.others || byte.reader != current);
+        if (access == READS) {
+            if (byte.pending) race("reads what a copy has not brought to", place, byte.writer);
+            if (!byte.written) race("reads what nobody has written to", place, -1);
+            if (written) race("reads what has just been written to", place, byte.writer);
+            byte.others = byte.read == now && (byte.others || byte.reader != current);
+            byte.read = now, byte.reader = (short)current;
+            continue;
+        }
+        if (access != LANDS && byte.pending) race("writes over a copy to", place, byte.writer);
+        if (written) race("writes what has just been written to", place, byte.writer);
+        if (read) race("writes what has just been read from", place, byte.reader);
+        byte.written = now, byte.writer = (short)current, byte.pending = access == COPIES;
+    }
+}
+
+extern "C" {
+#define NOTES(n) \
+    void __tsan_read##n(void *at) { note(at, n, READS); } \
+    void __tsan_write##n(void *at) { note(at, n, WRITES); } \
+    void __tsan_unaligned_read##n(void *at) { note(at, n, READS); } \
+    void __tsan_unaligned_write##n(void *at) { note(at, n, WRITES); }
+NOTES(1) NOTES(2) NOTES(4) NOTES(8) NOTES(16)
+void __tsan_read_range(void *at, long count) { note(at, count, READS); }
+void __tsan_write_range(void *at, long count) { note(at, count, WRITES); }
+void __tsan_func_entry(void *) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+}
+
 extern "C" void emulator_switch(void **save, void *load);
 asm(R"(
 .text
@@ -84,6 +140,7 @@ static void run_warp(int first, int end) {
 static void run_block(int count) {
     if (!stacks) stacks = (char *)malloc((size_t)THREADS * STACK);
     threads = count;
+    ++blocks;
     for (int i = 0; i < count; ++i) {
         void **top = (void **)(stacks + (size_t)(i + 1) * STACK - 64);
         *--top = nullptr;  // where the body's caller would return to
@@ -92,6 +149,7 @@ static void run_block(int count) {
         contexts[i] = top;
         waiting[i] = RUNS;
         parity[i] = 0;
+        epochs[i] = 0;
         copies[i].assign(1, {});
         products[i].assign(1, {});
         ordered[i] = unseen[i] = false;
@@ -119,7 +177,7 @@ static const Exchange *exchange(const Exchange &own) {
     return exchanged[now] + current / LANES * LANES;
 }
 
-void barrier() { pause(BLOCK); }
+void barrier() { ++epochs[current], pause(BLOCK); }
 
 static void copy(const Copy &c) {
     char line[16] = {0};
@@ -133,12 +191,14 @@ void copy_async(unsigned size, Word target, const void *source, unsigned count) 
         fprintf(stderr, "emulator: a copy of %u bytes is not aligned\n", size);
         abort();
     }
+    note(asked.target, size, early ? WRITES : COPIES);
     if (early) copy(asked);
     else copies[current].back().push_back(asked);
 }
 
 void copy_or_fill(unsigned size, Word target, const void *source, Word word, int inside, unsigned count) {
     if (inside) return copy_async(size, target, source, count);
+    note(shared(target), size, WRITES);
     for (unsigned i = 0; i < size; i += 4) memcpy(shared(target) + i, &word, 4);
     unseen[current] = true;
 }
@@ -148,7 +208,7 @@ void commit() { copies[current].emplace_back(); }
 void wait_group(size_t left) {
     auto &groups = copies[current];
     while (groups.size() - 1 > left) {
-        for (auto &c : groups.front()) copy(c), unseen[current] = true;
+        for (auto &c : groups.front()) copy(c), note(c.target, c.size, LANDS), unseen[current] = true;
         groups.pop_front();
     }
 }
@@ -157,7 +217,11 @@ void ldmatrix_x4(Word &r0, Word &r1, Word &r2, Word &r3, Word row) {
     int lane = current % LANES;
     const Exchange *warp = exchange({{row}});
     Word *registers[] = {&r0, &r1, &r2, &r3};
-    for (int k = 0; k < 4; ++k) memcpy(registers[k], shared(warp[k * 8 + lane / 4].words[0]) + lane % 4 * 4, 4);
+    for (int k = 0; k < 4; ++k) {
+        const char *own = shared(warp[k * 8 + lane / 4].words[0]) + lane % 4 * 4;
+        note(own, 4, READS);
+        memcpy(registers[k], own, 4);
+    }
 }
 
 struct Bfloat16 {
@@ -224,6 +288,7 @@ static void add_floats(const Product &p) {
         if (p.adds) memcpy(&sum, p.sums[i], 4);
         for (int k = 0; k < 16; ++k) {
             const char *row = p.b + k / 8 * p.leading + column / 8 * p.period + column % 8 * 16;
+            note(row + k % 8 * 2, 2, READS);
             sum += (float)((const Bfloat16 *)p.a[i / 2 % 2])[k] * (float)((const Bfloat16 *)row)[k % 8];
         }
         memcpy(p.sums[i], &sum, 4);
@@ -240,6 +305,7 @@ static void add(const Product &p) {
             uintptr_t place = (uintptr_t)p.b + column / 8 * p.period + column % 8 * 64 + k;
             uintptr_t within = place - (uintptr_t)&anchor;
             place = (uintptr_t)&anchor + (within ^ (within >> 7 & 3) << 4);
+            note((const void *)place, 1, READS);
             sum += (int32_t)((const int8_t *)p.a[i / 2 % 2])[k] * *(const uint8_t *)place;
         }
         *p.sums[i] = (Word)sum;

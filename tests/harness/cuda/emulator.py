@@ -39,8 +39,8 @@ def translated(source: str) -> str:
     """The CUDA source as C++ for the host: kernels as they are, what stands for instructions by the emulator's."""
     begins = [at for mark in ("__forceinline__ __device__", 'extern "C" __global__') if (at := source.find(mark)) >= 0]
     text = _HELPER.sub(_helper, source[min(begins) :])
-    text = re.sub(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];", rf"alignas(\1) static \2 \3[{SHARED}];", text)
-    text = re.sub(r"__shared__ (alignas\(\d+\))", r"\1 static", text)
+    text = re.sub(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];", rf"alignas(\1) static {SECTION} \2 \3[{SHARED}];", text)
+    text = re.sub(r"__shared__ (alignas\(\d+\))", rf"\1 static {SECTION}", text)
     launches = []
     for match in _KERNEL.finditer(text):
         name, parameters = match.groups()
@@ -108,6 +108,8 @@ def _helper(match: re.Match[str]) -> str:
     return f"static inline void {name}({parameters}) {{ {body} }}\n"
 
 
+SECTION = '__attribute__((section("mpq_shared,\\"aw\\",@nobits#")))'
+"""Where shared memory is, as emulator.cpp finds it; it takes no room in a file."""
 SHARED = 227 << 10
 """Bytes that a block may ask for when it is launched."""
 FLAGS = ("-fPIC", "-w", "-std=c++20", "-ffp-contract=off", "-fno-strict-aliasing", f"-I{HERE}")
@@ -122,7 +124,10 @@ def compiled(source: str) -> bytes:
         if not operations.is_file():
             _make(operations, "g++", *FLAGS, "-O2", "-c", HERE / "emulator.cpp")
         # not optimized: kernels run a few times at most, and take as long to compile
-        _make(path, "g++", *FLAGS, "-shared", "-x", "c++", "-", "-x", "none", operations, text=text)
+        source = path.with_suffix(f".{os.getpid()}.o")
+        _make(source, "g++", *FLAGS, "-fsanitize=thread", "-c", "-x", "c++", "-", text=text)
+        _make(path, "g++", "-shared", source, operations)
+        source.unlink()
     return path.read_bytes()
 
 

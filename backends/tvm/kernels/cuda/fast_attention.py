@@ -156,10 +156,9 @@ def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
     p, packed = problem, PACKED[BF16]
     words, pairs = -(-p.dim // packed), -(-p.keys // packed)
 
-    def write(target: Buffer, at: Any, values: list[Expr], together: int) -> None:
-        made = [tirx.reinterpret("int32", bfloat16.pair(*values[e : e + packed])) for e in range(0, len(values), packed)]
-        for first in range(0, len(made), together):
-            put_values(target, made[first : first + together], at + first)
+    def write(target: Buffer, at: Any, values: list[Expr]) -> None:
+        pairs = [values[e : e + packed] for e in range(0, len(values), packed)]
+        put_values(target, [tirx.reinterpret("int32", bfloat16.pair(*pair)) for pair in pairs], at)
 
     keys, values_ = flat(buffers["k"]), flat(buffers["v"])
     packed_k, packed_v = flat(buffers["packed_k"]), flat(buffers["packed_v"])
@@ -173,7 +172,7 @@ def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
             found = [keys[source], keep(T.if_then_else(last > 0, keys[source + T.min(last, 1)], f32(0.0, 1)))]
         else:
             found = [v for first in range(0, count, read) for v in values_of(keys, source + first, min(read, count))]
-        write(packed_k, (sample * p.heads + head) * (p.keys * words) + key * words + chunk * together, found, together)
+        write(packed_k, (sample * p.heads + head) * (p.keys * words) + key * words + chunk * together, found)
     groups, whole = -(-pairs // GROUP), pairs % GROUP == 0
     with each(batch * (p.heads * groups * p.dim)) as i:
         sample, head, group, d = unravel(i, p.heads, groups, p.dim)
@@ -186,13 +185,13 @@ def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
         found = [value(e) for e in range(GROUP * packed)]
         start = T.bind((sample * p.heads + head) * (pairs * p.dim))
         if whole:
-            write(packed_v, start + value_word(pairs, p.dim, group * GROUP, d), found, GROUP)
+            write(packed_v, start + value_word(pairs, p.dim, group * GROUP, d), found)
             return
         for e in range(GROUP):
             pair = T.bind(group * GROUP + e)
             with T.If(pair < pairs), T.Then():
                 at = start + value_word(pairs, p.dim, pair, d)
-                write(packed_v, at, found[packed * e : packed * (e + 1)], 1)
+                write(packed_v, at, found[packed * e : packed * (e + 1)])
 
 
 def value_word(pairs: int, dim: int, pair: Any, d: Any) -> Any:
@@ -292,7 +291,7 @@ class Kernel:
         return (stage * self.t.keys + row) * self.t.key_pitch + word
 
     def _load_values(self, step: Any, stage: Any) -> None:
-        """Behind the last value stands zero."""
+        """Behind the last value and the last dimension stands zero."""
         p, t = self.p, self.t
         pairs = -(-p.keys // PACKED[BF16])
         own = T.bind((self.sample * p.heads + self.head) * (pairs * p.dim))
@@ -302,8 +301,9 @@ class Kernel:
                 source = own + (step * count + i) * GROUP
                 _copy(self.values, (stage * count + i) * GROUP, self.b["packed_v"], source, GROUP, True)
             return
-        with strided(self.thread, t.keys // 8 * t.columns, self.threads) as i:
-            group, column = unravel(i, t.columns)
+        columns = t.value_pitch // GROUP
+        with strided(self.thread, t.keys // 8 * columns, self.threads) as i:
+            group, column = unravel(i, columns)
             d, number = T.bind(self.first_column + column), T.bind(step * (t.keys // 8) + group)
             target = T.bind((stage * (t.keys // 8) + group) * t.value_pitch + column * GROUP)
             if pairs % GROUP == 0:

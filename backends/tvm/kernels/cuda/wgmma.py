@@ -134,7 +134,8 @@ class Kernel(kernel.Kernel):
             return
         value = self._above_zero(self._row_sum(0), T.min(self._own_row(0), self.total - 1), segment)
         barrier()
-        store(self.activations, value, self._row_of_thread())  # another barrier comes before results are stored
+        with T.If(self._first_of_row()), T.Then():
+            store(self.activations, value, self._row_of_thread())  # another barrier comes before results are stored
 
     def _activations(self, at: int, segment: Any) -> Expr:
         return self.activations[at % (self.t.rows // 2) // 4 * 8 + self.lane % 4 * 2 + at % 2]

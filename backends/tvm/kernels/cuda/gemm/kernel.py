@@ -589,8 +589,8 @@ class Kernel:
         """
         t, p = self.t, self.p
         if not self.several:
-            self.tables = self._row_tables()
             self._sum_activations(0)
+            self.tables = self._row_tables()
         rows = 16 * t.down
         staged = part(self.x, 0, rows * t.columns, "float32")
         assert rows * t.columns * 4 <= t.stages * t.rows * STEP
@@ -642,8 +642,7 @@ class Kernel:
         with strided(self.thread, t.rows, t.threads) as i:
             row = T.bind(T.min(self.first_row + i, self.total - 1))
             store(scales, self._scale(row, 0), i)
-            store(zeros, self._zero(row, 0), i)
-        barrier()
+            store(zeros, self._zero(row, 0), i)  # another barrier comes before they are read
         return scales, zeros
 
     @property
