@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import threading
@@ -12,7 +11,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
-from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -20,7 +18,7 @@ from mpq_compiler.artifact import bundle as artifacts
 from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.artifact.manifest import Function
 from mpq_compiler.artifact.manifest import Value as InputValue
-from mpq_compiler.runtime import lora, on_gpu, pretrained
+from mpq_compiler.runtime import instances, lora, on_gpu, pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
 from mpq_compiler.runtime.memo import REUSE_BYTES
@@ -189,11 +187,6 @@ def _executor(artifact: Artifact, threads: int, reuse_bytes: int, device: int) -
     )
 
 
-INSTANCES: WeakValueDictionary[int, CompiledDenoiser] = WeakValueDictionary()
-"""The denoisers of this process by number, for graphs, which hold no objects (`operator`)."""
-_numbers = itertools.count()
-
-
 class CompiledDenoiser:
     """A compiled denoiser: call it as the model it was compiled from, or `run` it on NumPy arrays.
 
@@ -230,8 +223,7 @@ class CompiledDenoiser:
         self.lora: LoadedLora | None = None
         """The LoRA that is loaded (`load_lora`); None without one."""
         self._lock = threading.Lock()
-        self._number = next(_numbers)
-        INSTANCES[self._number] = self
+        self._number = instances.numbered(self)
 
     def __repr__(self) -> str:
         target, weights = self.manifest["target"]["name"], self.manifest["weights"]

@@ -9,6 +9,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.runtime.instances import INSTANCES
 
 pytest.importorskip("tvm")
 from tests.harness import relax_artifact
@@ -99,6 +100,6 @@ def test_a_graph_keeps_no_denoiser(tmp_path):
     relax_artifact.build(path)
     denoiser = compiled_denoiser.load(path, threads=1)
     number = denoiser._number
-    assert compiled_denoiser.INSTANCES[number] is denoiser
+    assert INSTANCES[number] is denoiser
     del denoiser
-    assert number not in compiled_denoiser.INSTANCES
+    assert number not in INSTANCES

@@ -70,7 +70,7 @@ def _joins(calls: Sequence[Call]) -> Iterator[_Join]:
         names = {name for argument, name in call.operands if argument.startswith("x")}
         if call.kernel.problem.type != "pointwise.PointwiseProgram" or len(names) > 1:
             continue
-        product = makers.get(*names)
+        product = makers.get(next(iter(names), ""))
         if product is None or product.kernel.problem.type != "problem.QuantMatmul" or reads[product.results[0][1]] > 1:
             continue
         if (found := _gate(call.kernel.problem, product)) is not None and _fits(product, call, found[1]):

@@ -106,7 +106,7 @@ def together() -> dict[str, list[np.ndarray]]:
 
 
 def test_four_warps_together(results, together):
-    """The meaning, and almost the bits of a warp alone, whose sums have the same terms in another order."""
+    """The meaning, and NaN where a warp alone has it."""
     assert len(together) >= 8
     for name, found in together.items():
         if name in PROBLEMS:
@@ -117,7 +117,7 @@ def test_four_warps_together(results, together):
 
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_words_of_keys_and_values(results, name):
-    """Pairs of neighbouring dimensions; of values 8 keys of a dimension, then of the next; zero where there are none."""
+    """Pairs of neighbouring dimensions; of values 8 keys of a dimension, then of the next; zero where there is none."""
     p, (k, v) = PROBLEMS[name], (torch.from_numpy(x) for x in inputs_of(PROBLEMS[name])[1:3])
     heads = [x.reshape(BATCH, p.keys, p.heads, p.dim).transpose(1, 2).bfloat16() for x in (k, v)]
     keys = torch.nn.functional.pad(heads[0], (0, p.dim % 2)).contiguous().view(torch.int32)

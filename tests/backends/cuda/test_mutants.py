@@ -345,7 +345,7 @@ WGMMA_ATTENTION: Mutants = {
     "does not wait for sums": ("wait_group.sync.aligned(0)", "wait_group.sync.aligned(1)"),
     "no barrier before a step": ("                barrier()\n                score", "                score"),
     "no barrier before the last values": ("        barrier()\n        sum_values", "        sum_values"),
-    "keys into the stage that is read": ("(step + 1, T.bind((step + 1) % STAGES))", "(step + 1, T.bind(step % STAGES))"),
+    "keys into the stage that is read": ("1, T.bind((step + 1) % STAGES))", "1, T.bind(step % STAGES))"),
     "values into the stage that is read": ("(step, T.bind(step % STAGES))", "(step, T.bind((step + 1) % STAGES))"),
     "scores on scores": ("at, k > 0)", "at, True)"),
     "the first dimensions again": (" + 2 * k * (t.key_pitch // GROUP)", ""),

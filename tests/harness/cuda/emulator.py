@@ -39,7 +39,8 @@ def translated(source: str) -> str:
     """The CUDA source as C++ for the host: kernels as they are, what stands for instructions by the emulator's."""
     begins = [at for mark in ("__forceinline__ __device__", 'extern "C" __global__') if (at := source.find(mark)) >= 0]
     text = _HELPER.sub(_helper, source[min(begins) :])
-    text = re.sub(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];", rf"alignas(\1) static {SECTION} \2 \3[{SHARED}];", text)
+    asked = rf"alignas(\1) static {SECTION} \2 \3[{SHARED}];"
+    text = re.sub(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];", asked, text)
     text = re.sub(r"__shared__ (alignas\(\d+\))", rf"\1 static {SECTION}", text)
     launches = []
     for match in _KERNEL.finditer(text):

@@ -152,7 +152,7 @@ def build(problem: FastAttention | Ready, name: str) -> PrimFunc:
 
 
 def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
-    """A thread for 8 dimensions of a key, then for 8 values of a dimension: what it reads and writes is side by side."""
+    """A thread for 8 dimensions of a key, then for 8 values of a dimension: threads write side by side."""
     p, packed = problem, PACKED[BF16]
     words, pairs = -(-p.dim // packed), -(-p.keys // packed)
 
@@ -204,7 +204,11 @@ def value_word(pairs: int, dim: int, pair: Any, d: Any) -> Any:
 class Kernel:
     """An attention in a tile. Four warps together have other products, in `wgmma_attention`."""
 
-    threads, align = THREADS, 64
+    align = 64
+
+    @property
+    def threads(self) -> int:
+        return THREADS
 
     def __init__(self, problem: FastAttention, tile: Tile, buffers: Buffers) -> None:
         self.p, self.t, self.buffers = problem, tile, buffers

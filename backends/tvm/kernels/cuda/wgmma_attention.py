@@ -1,9 +1,9 @@
 """Attention in bfloat16 on Hopper's tensor cores, which four warps drive together (`wgmma`).
 
-The tiles, rows and results of `fast_attention`: as the tensor cores leave scores and outputs in registers, both kinds of
-instruction agree. Queries and weights come from registers, keys and values from shared memory, where they lie in
-matrices of 8 rows of 16 bytes, side by side. The values of a step are summed while the scores of the next become
-weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
+The tiles, rows and results of `fast_attention`: both kinds of instruction leave scores and outputs in registers alike.
+Queries and weights come from registers, keys and values from shared memory, where they lie in matrices of 8 rows of 16
+bytes, side by side. The values of a step are summed while the scores of the next become weights (Shah et al.,
+"FlashAttention-3", arXiv 2407.08608, section 3.2).
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ __forceinline__ __device__ void {name}(void* target, const void* source, unsigne
                : : "r"(address), "l"(source), "r"(count), "r"(word), "r"(inside) : "memory");
 }}
 """
-"""A copy, or a word over and over, without a branch. What all pixels of a border have is not read from memory each time:
-one place there serves one at a time."""
+"""A copy, or a word over and over, without a branch. What all pixels of a border have is not read from memory each
+time: one place there serves one at a time."""
 
 
 def arguments(problem: QuantMatmul) -> list[Argument]:
@@ -88,7 +88,6 @@ class Kernel:
     """
 
     instruction, sum_type, x_align, asynchronous, together = MMA, "uint32", 64, False, 1
-    L1 = False
 
     def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers, most_splits: int = 1) -> None:
         self.p, self.t, self.w = problem, tile, Fragments(problem)
@@ -298,7 +297,7 @@ class Kernel:
         source, count = vmath.keep(source), vmath.keep(count)
 
         if size >= 4:
-            cache = "cg" if size == CHUNK and not self.L1 else "ca"
+            cache = "cg" if size == CHUNK else "ca"
             for first in range(0, CHUNK, size):
                 at = source + first if first == 0 else T.Select(count > first, source + first, 0)
                 given = T.cast(T.max(T.min(count - first, size), 0), "uint32")
@@ -306,9 +305,9 @@ class Kernel:
                 if border is None:
                     T.evaluate(T.ptx[f"cp.async.{cache}.shared.global"](*places, size, given))
                     continue
-                inside, word = border
-                arguments = (*places, T.Select(given > T.uint32(0), word, T.uint32(0)), inside, given)
-                name, words = f"mpq_copy_or_fill_{cache}_{size}", size // 4
+                inside, zeros = border
+                arguments = (*places, T.Select(given > T.uint32(0), zeros, T.uint32(0)), inside, given)
+                name, words = f"mpq_copy_or_fill_{size}", size // 4
                 kind, text = {1: "u32", 2: "v2.u32", 4: "v4.u32"}[words], ", ".join(["%3"] * words)
                 text = COPY_OR_FILL.format(
                     name=name, cache=cache, size=size, kind=kind, words=text if words == 1 else f"{{{text}}}"
@@ -522,7 +521,7 @@ class Kernel:
 
     def _added(self, y: Expr, total: Expr, row: Any, column: Any, segment: Any) -> Expr:
         """Add a segment to y, whose products come to `total`: its scales and zero points applied."""
-        p, b, n = self.p, self.b, self.w.outputs
+        b, n = self.b, self.w.outputs
         scale = b["weight_scale"][segment * n + column]
         inside = T.min(row, self.total - 1)
         if self.p.late_zeros:

@@ -1,10 +1,10 @@
 """The time that a GPU takes for a product in a tile, by which tiles of Hopper's products are chosen.
 
-A processor takes its blocks of threads in rounds of as many as it has room for. A step takes it time for the outputs of
-a block, for what it copies, and some whatever the tile; where blocks share the k axis, their sums go through memory. The
-factors are least squares over 286 measurements on an H200 (13 tiles, 11 layers of Stable Diffusion 1.5 and XL, batches 1
-and 2; an eighth off, root mean square): of the tiles that it chooses none takes more than 1.09 times the time of the
-best. `benchmarks.gpu_kit` measures them.
+A processor takes its blocks of threads in rounds of as many as it has room for. A step takes it time for the outputs
+of a block, for what it copies, and some whatever the tile; where blocks share the k axis, their sums go through memory.
+The factors are least squares over 254 measurements on an H200 (13 tiles, 11 layers of Stable Diffusion 1.5 and XL at
+batches 1 and 2; an eighth off, root mean square). On these the tile that it chooses takes 1.04 times the time of the
+best one at most, both batches together (`benchmarks.gpu_tiles`).
 """
 
 from __future__ import annotations
