@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 from weakref import WeakValueDictionary
+
+from mpq_compiler.sampling.call_tree import Value
 
 
 class Denoiser(Protocol):
@@ -14,9 +16,9 @@ class Denoiser(Protocol):
     signature: list[str]
 
     @property
-    def manifest(self) -> Mapping[str, Any]: ...
+    def manifest(self) -> Mapping[str, Value]: ...
 
-    def __call__(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Value, return_dict: bool = True, **kwargs: Value) -> Value: ...
 
 
 INSTANCES: WeakValueDictionary[int, Denoiser] = WeakValueDictionary()

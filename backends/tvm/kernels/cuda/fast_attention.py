@@ -27,7 +27,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
 from mpq_compiler.backends.tvm.kernels.cuda.attention import mask_at
@@ -156,7 +156,7 @@ def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
     p, packed = problem, PACKED[BF16]
     words, pairs = -(-p.dim // packed), -(-p.keys // packed)
 
-    def write(target: Buffer, at: Any, values: list[Expr]) -> None:
+    def write(target: Buffer, at: Index, values: list[Expr]) -> None:
         pairs = [values[e : e + packed] for e in range(0, len(values), packed)]
         put_values(target, [tirx.reinterpret("int32", bfloat16.pair(*pair)) for pair in pairs], at)
 
@@ -194,7 +194,7 @@ def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
                 write(packed_v, at, found[packed * e : packed * (e + 1)])
 
 
-def value_word(pairs: int, dim: int, pair: Any, d: Any) -> Any:
+def value_word(pairs: int, dim: int, pair: Index, d: Index) -> Index:
     """Where the word of a pair of keys and a dimension lies, of so many of a head; the last group may be smaller."""
     group = T.bind(tirx.truncdiv(pair, GROUP))
     size = T.min(pairs - group * GROUP, GROUP)
@@ -237,7 +237,7 @@ class Kernel:
             self._products()
             self._store()
 
-    def _row(self, i: int) -> Any:
+    def _row(self, i: int) -> Index:
         """Number i of the rows that a thread has a part of: two of each fragment."""
         return self.first_row + i * 8
 
@@ -251,7 +251,7 @@ class Kernel:
             row = (self.sample * p.queries + T.min(self._row(i), p.queries - 1)) * p.channels
             start = T.bind(row + self.head * p.dim)
 
-            def value(d: Any, whole: bool, start: Any = start) -> Expr:
+            def value(d: Index, whole: bool, start: Index = start) -> Expr:
                 if whole:
                     return keep(mul(self.b["q"][start + d], factor))
                 found = mul(self.b["q"][start + T.min(d, p.dim - 1)], factor)
@@ -269,11 +269,11 @@ class Kernel:
             for i in range(int(buffer.shape[0])):
                 store(buffer, f32(value, 1), i)
 
-    def _load(self, step: Any, stage: Any) -> None:
+    def _load(self, step: Index, stage: Index) -> None:
         self._load_keys(step, stage)
         self._load_values(step, stage)
 
-    def _load_keys(self, step: Any, stage: Any) -> None:
+    def _load_keys(self, step: Index, stage: Index) -> None:
         """Behind the last key stands that again; behind the last dimension, zero."""
         p, t = self.p, self.t
         head = T.bind(self.sample * p.heads + self.head)
@@ -282,7 +282,7 @@ class Kernel:
         with strided(self.thread, t.keys * (stored // size), self.threads) as i:
             row, chunk = unravel(i, stored // size)
             key, word = step * t.keys + row, T.bind(chunk * size)
-            there: Any = True
+            there: Index = True
             if p.keys % t.keys:
                 key = T.min(key, p.keys - 1)
             source = (head * p.keys + key) * words + word
@@ -290,11 +290,11 @@ class Kernel:
                 there, source = word < words, (head * p.keys + key) * words + T.min(word, words - size)
             _copy(self.keys, self._key_place(stage, row, word), self.b["packed_k"], source, size, there)
 
-    def _key_place(self, stage: Any, row: Any, word: Any) -> Any:
+    def _key_place(self, stage: Index, row: Index, word: Index) -> Index:
         """Where in shared memory a word of a key is."""
         return (stage * self.t.keys + row) * self.t.key_pitch + word
 
-    def _load_values(self, step: Any, stage: Any) -> None:
+    def _load_values(self, step: Index, stage: Index) -> None:
         """Behind the last value and the last dimension stands zero."""
         p, t = self.p, self.t
         pairs = -(-p.keys // PACKED[BF16])
@@ -349,7 +349,7 @@ class Kernel:
         """Register of the score of a row (`_row`) and key 8 key_tile + 2 place + e."""
         return (row // 2 * self.key_tiles + key_tile) * 4 + row % 2 * 2 + e
 
-    def _score(self, stage: Any) -> None:
+    def _score(self, stage: Index) -> None:
         t, lane = self.t, self.lane
         for i in range(int(self.scores.shape[0])):
             store(self.scores, f32(0.0, 1), i)
@@ -366,14 +366,14 @@ class Kernel:
                     pair = [words[2 * tile + r] for r in range(2)]
                     bfloat16.multiply(self.scores, self._at(2 * i, tile, 0), query, pair)
 
-    def _each_score(self, step: Any) -> Iterator[tuple[int, int, Any]]:
+    def _each_score(self, step: Index) -> Iterator[tuple[int, int, Any]]:
         """(row, register, key) of each of a thread's."""
         for row in range(2 * self.t.fragments):
             for tile in range(self.key_tiles):
                 for e in range(2):
                     yield row, self._at(row, tile, e), step * self.t.keys + (8 * tile + e) + 2 * self.place
 
-    def _add_mask(self, step: Any) -> None:
+    def _add_mask(self, step: Index) -> None:
         p = self.p
         for row, at, key in self._each_score(step):
             query, inside = T.min(self._row(row), p.queries - 1), T.min(key, p.keys - 1)
@@ -381,7 +381,7 @@ class Kernel:
             masked = fma(added, f32(vmath.LOG2_E, 1), self.scores[at])
             store(self.scores, vmath.at_least(masked, f32(LOWEST, 1)), at)
 
-    def _weigh(self, step: Any) -> None:
+    def _weigh(self, step: Index) -> None:
         """Scores to 2^(score - maximum); their sum; the outputs so far to the new maximum."""
         p, t = self.p, self.t
         new, rescale = local(2 * t.fragments), local(2 * t.fragments)
@@ -415,7 +415,7 @@ class Kernel:
     def _before_outputs(self) -> None:
         """Waits for products that are asynchronous."""
 
-    def _sum_values(self, stage: Any) -> None:
+    def _sum_values(self, stage: Index) -> None:
         t = self.t
         weights, words = local(t.fragments * 4, "uint32"), local(4, "uint32")
         matrix = T.bind(self.lane // 8)  # of four: 8 keys each, of 8 dimensions, then of the next 8
@@ -465,7 +465,7 @@ def _exp2(x: Expr) -> Expr:
     return T.cuda.func_call("mpq_exp2", x, source_code=EXP2, return_type="float32")
 
 
-def _copy(target: Buffer, at: Any, source: Buffer, index: Any, size: int, there: Any) -> None:
+def _copy(target: Buffer, at: Index, source: Buffer, index: Index, size: int, there: Index) -> None:
     """`size` words to shared memory; zeros where they are not there."""
     operation = "cp.async.cg.shared.global" if size == 4 else "cp.async.ca.shared.global"
     given = () if there is True else (T.if_then_else(there, T.uint32(4 * size), T.uint32(0)),)

@@ -39,7 +39,7 @@ from mpq_compiler.backends.tvm.kernels.common.dequantize import dequantize_row, 
 from mpq_compiler.backends.tvm.kernels.common.float8 import decode
 from mpq_compiler.backends.tvm.kernels.common.panels import first_output
 from mpq_compiler.backends.tvm.kernels.common.stored import StoredRows
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc, workspace
 from mpq_compiler.backends.tvm.kernels.problems import dequantize, float8, float_gemm
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
@@ -123,7 +123,7 @@ class Fragments:
             named.append(Argument("lut", (n // CHANNELS, 2**p.bits // 4), "uint32"))
         return [*named, *vectors(p, n, 1)]
 
-    def channel(self, column: Any) -> Any:
+    def channel(self, column: Index) -> Index:
         """The output channel that a column of the product is."""
         if self.problem.gate is None:
             return column
@@ -132,7 +132,7 @@ class Fragments:
         half = T.Select(within < GATED, 0, self.problem.outputs // 2 - GATED)
         return T.bind(block * GATED + within + half)
 
-    def place(self, word: Any, lane: Any) -> Any:
+    def place(self, word: Index, lane: Index) -> Index:
         """The index of a word of a lane in a fragment. Lanes read up to four neighbouring words at once."""
         together = min(4, self.words)
         if self.words <= 4:

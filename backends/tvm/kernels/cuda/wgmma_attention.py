@@ -9,12 +9,11 @@ bytes, side by side. The values of a step are summed while the scores of the nex
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, store
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, store
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
 from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, STAGES
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc, rolled
@@ -87,7 +86,7 @@ class _Kernel(fast_attention.Kernel):
     def threads(self) -> int:
         return 32 * WARPS * self.t.groups
 
-    def _key_place(self, stage: Any, row: Any, word: Any) -> Any:
+    def _key_place(self, stage: Index, row: Index, word: Index) -> Index:
         return stage * self.t.key_words + word // GROUP * self.t.key_pitch + row * GROUP + word % GROUP
 
     def _land(self) -> None:
@@ -101,7 +100,7 @@ class _Kernel(fast_attention.Kernel):
         keys = self._operand(self.keys, t.key_pitch)
         values = self._operand(self.values, t.value_pitch)
 
-        def load(step: Any) -> None:
+        def load(step: Index) -> None:
             """The values of a step and the keys of the next."""
             self._load_values(step, T.bind(step % STAGES))
             if steps > 1:
@@ -109,7 +108,7 @@ class _Kernel(fast_attention.Kernel):
                     self._load_keys(step + 1, T.bind((step + 1) % STAGES))
             T.evaluate(T.ptx.cp.async_.commit_group())
 
-        def score(step: Any) -> None:
+        def score(step: Index) -> None:
             T.evaluate(T.ptx.wgmma.fence.sync.aligned())
             stage = T.bind(step % STAGES)
             for k in range(t.steps):
@@ -118,7 +117,7 @@ class _Kernel(fast_attention.Kernel):
                 self._multiply(self.scores, query, at, k > 0)
             T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
 
-        def sum_values(step: Any) -> None:
+        def sum_values(step: Index) -> None:
             T.evaluate(T.ptx.wgmma.fence.sync.aligned())
             stage = T.bind(step % STAGES)
             for pair in range(self.key_tiles // 2):
@@ -127,7 +126,7 @@ class _Kernel(fast_attention.Kernel):
                 self._multiply(self.out, own, values + T.cast(first, "uint64"), True)
             T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
 
-        def weigh(step: Any, pending: int) -> None:
+        def weigh(step: Index, pending: int) -> None:
             T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(pending))
             _settled(self.scores)
             if p.mask is not None:
@@ -163,7 +162,7 @@ class _Kernel(fast_attention.Kernel):
         T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
         _settled(self.out)
 
-    def _operand(self, buffer: Buffer, pitch: int) -> Any:
+    def _operand(self, buffer: Buffer, pitch: int) -> Index:
         """Describe shared memory to the tensor cores: matrices that follow one another (PTX ISA, 9.7.17.5.1.2.2).
 
         pitch: words from one matrix to the next along the sum; those of other rows follow at once
@@ -172,7 +171,7 @@ class _Kernel(fast_attention.Kernel):
         layout = (pitch * 4 >> 4) << 16 | (8 * 16 >> 4) << 32
         return T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(layout))
 
-    def _multiply(self, sums: Buffer, rows: list[Any], operand: Any, adds: bool) -> None:
+    def _multiply(self, sums: Buffer, rows: list[Index], operand: Index, adds: bool) -> None:
         count = int(sums.shape[0])
         instruction = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16"
         T.evaluate(T.ptx[instruction](*(sums[r] for r in range(count)), *rows, operand, adds, 1, 1, 0))

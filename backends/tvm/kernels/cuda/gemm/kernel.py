@@ -13,7 +13,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import looked_up
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import BLOCKS, Tile, most_splits, tile
 from mpq_compiler.backends.tvm.kernels.cuda.rows import finished
@@ -98,7 +98,7 @@ class Kernel:
         self.copied = math.gcd(CHUNK, *sizes)
         """Bytes that are copied at once: addresses are multiples of this."""
         self.several = len(problem.segments) > 1
-        self.tables: tuple[Any, Any] | None = None
+        self.tables: tuple[Buffer, Buffer] | None = None
         """Scales and zero points of the tile's rows, where there are several."""
         self.most_splits = most_splits
 
@@ -227,13 +227,13 @@ class Kernel:
     def _copied_row(self, i: int) -> Any:
         return self.first_row + self.thread // (STEP // CHUNK) + i * (self.t.threads // (STEP // CHUNK))
 
-    def _target(self, row: Any, stage: Any) -> Any:
+    def _target(self, row: Index, stage: Index) -> Index:
         """Where in shared memory the chunk of a row lies."""
         local_row = T.bind(row - self.first_row)
         swapped = T.bitwise_xor(self.chunk, local_row // 2 % 4)
         return T.bind(stage * (self.t.rows * STEP) + local_row * STEP + swapped * CHUNK)
 
-    def _load_activations(self, step: Any, stage: Any) -> None:
+    def _load_activations(self, step: Index, stage: Index) -> None:
         p, w = self.p, self.w
         unit = T.bind(step * (STEP // UNIT) + self.chunk // 2)
         number = T.bind(step * (STEP // CHUNK) + self.chunk)  # of the chunk
@@ -329,7 +329,7 @@ class Kernel:
             return value
         return T.if_then_else(border[0] > 0, value, border[1] & T.uint32(0xFF))
 
-    def _load_weights(self, step: Any, stage: Any) -> None:
+    def _load_weights(self, step: Index, stage: Index) -> None:
         """The fragments of a step: 128 bits a word of code."""
         t, w = self.t, self.w
         per_fragment = self.fragment // 4  # copies of 4 words
@@ -423,7 +423,7 @@ class Kernel:
         begin = T.bind(self.split * self.w.steps // self.splits)
         return begin, T.bind((self.split + 1) * self.w.steps // self.splits - begin)
 
-    def _unit(self, stage: Any, ks: int) -> None:
+    def _unit(self, stage: Index, ks: int) -> None:
         """32 values of k."""
         t, lane = self.t, self.lane
         for i in range(t.row_fragments):
@@ -447,7 +447,7 @@ class Kernel:
         results = [sums[at + e] for e in range(4)]
         T.evaluate(T.ptx[self.instruction](*results, *(self.a[i * 4 + r] for r in range(4)), *weights, *results))
 
-    def _decode(self, stage: Any, ks: int, j: int, first: int = 0) -> None:
+    def _decode(self, stage: Index, ks: int, j: int, first: int = 0) -> None:
         """The weights of 16 channels for 32 values of k into 4 registers, (h, kk), from the first + 4 j on."""
         w, bits, lane = self.w, self.p.bits, self.lane
         fragment = T.bind(stage * (self.t.columns // CHANNELS) + self._fragment(j))
@@ -529,20 +529,20 @@ class Kernel:
         total = total - self._zero(inside, segment) * b["start"][segment * n + column]
         return vmath.fma(T.cast(total, "float32"), vmath.mul(self._scale(inside, segment), scale), y)
 
-    def _scale(self, row: Any, segment: Any) -> Expr:
+    def _scale(self, row: Index, segment: Index) -> Expr:
         """The scale of the activations of a row."""
         if self.tables is not None:
             return self.tables[0][row - self.first_row]
         return self.b["act_scale"][row if self.p.dynamic else segment * self.p.groups + self._group(row)]
 
-    def _zero(self, row: Any, segment: Any) -> Expr:
+    def _zero(self, row: Index, segment: Index) -> Expr:
         """The zero point of the activations of a row, int32."""
         if self.tables is not None:
             return self.tables[1][row - self.first_row]
         at = row if self.p.dynamic else segment * self.p.groups + self._group(row)
         return T.cast(self.b["act_zero"][at], "int32")
 
-    def _sum_activations(self, segment: Any) -> None:
+    def _sum_activations(self, segment: Index) -> None:
         """Keeps the sum of q - z of every row of the thread, for offsets."""
         if self.row_sums is None:
             return
@@ -576,7 +576,7 @@ class Kernel:
             return p.segments[0] * self.w.taps
         return self.w.of_segment(segment, [channels * self.w.taps for channels in p.segments])
 
-    def _group(self, row: Any) -> Any:
+    def _group(self, row: Index) -> Index:
         if self.p.groups == 1:
             return 0
         return T.cast(self.b["group"][tirx.truncdiv(row, self.p.rows)], "int32")
@@ -616,7 +616,7 @@ class Kernel:
                 with T.If(tirx.all(row < self.total, column < p.results)), T.Then():
                     self._finish(self._waiting(staged, own, across * n, n), row, column)
 
-    def _waiting(self, staged: Any, row: Any, column: Any, count: int) -> list[Expr]:
+    def _waiting(self, staged: Buffer, row: Index, column: Index, count: int) -> list[Expr]:
         """Neighbouring results that wait; of a gate the products of what lies `GATED` apart."""
         gate = self.p.gate
         if gate is None:
@@ -627,7 +627,7 @@ class Kernel:
             first, second = second, first
         return [vmath.keep(vmath.mul(a, vmath.UNARY[gate.op](b))) for a, b in zip(first, second, strict=True)]
 
-    def _row_tables(self) -> tuple[Any, Any] | None:
+    def _row_tables(self) -> tuple[Buffer, Buffer] | None:
         """Scales and zero points of rows in shared memory, where nobody reads weights any more.
 
         Every output of a row else reads the group of its sample, and then what the group has.
@@ -650,7 +650,7 @@ class Kernel:
         p = self.p
         return math.gcd(self.together, p.results, *(p.into or ()))
 
-    def _staged(self, row: Any, column: Any) -> Any:
+    def _staged(self, row: Index, column: Index) -> Index:
         """Where a result waits, such that neither the lanes of a fragment nor those of a row meet a bank twice."""
         return row * self.t.columns + T.bitwise_xor(column, row % 4 * 8 + row // 4 % 2)
 
