@@ -7,7 +7,7 @@ The kernels of a case are one library, made without a GPU. What they are given i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,11 @@ CASES: Sequence[Case] = (
 # --- libraries ----------------------------------------------------------------------------------------------
 
 
-def products(level: int) -> dict[str, tuple[int, Callable[[QuantMatmul, str], Any]]]:
+Products = Mapping[str, tuple[int, Callable[[QuantMatmul, str], Any]]]
+"""Bits of weights, and what builds the kernel, by name."""
+
+
+def products(level: int) -> Products:
     """Bits and builders of the quantized products by name; on Hopper `mma.sync` stands beside `wgmma`."""
     if level != nvidia.HOPPER:
         return {name: (bits, gemm.build) for name, bits in BITS.items()}
@@ -208,8 +212,11 @@ def products(level: int) -> dict[str, tuple[int, Callable[[QuantMatmul, str], An
     return {name: (bits, wgmma.build) for name, bits in BITS.items()} | both
 
 
-def functions(case: Case, level: int) -> dict[str, Any]:
-    """The kernels by name, for a compute capability; each `prepare` makes the weights of its neighbour."""
+def functions(case: Case, level: int, others: Products | None = None) -> dict[str, Any]:
+    """The kernels by name, for a compute capability; each `prepare` makes the weights of its neighbour.
+
+    others: products in place of ours
+    """
     if isinstance(case, Norm):
         return {"norm": norms.build(case.problem, "norm")}
     if isinstance(case, Attention):
@@ -219,10 +226,10 @@ def functions(case: Case, level: int) -> dict[str, Any]:
             "attention": _attention_of(level)(case.problem, "attention"),
         }
     found = {}
-    for name, (bits, build) in products(level).items():
+    for name, (bits, build) in (others or products(level)).items():
         found[name] = build(case.problem(bits), name)
         found[f"{name}_prepare"] = weights.build(case.problem(bits), f"{name}_prepare")
-    if case.gated:
+    if case.gated or others:
         return found
     found[WEIGHT_ONLY] = cuda_weight_only.build(case.weight_only(), WEIGHT_ONLY)
     found[f"{WEIGHT_ONLY}_prepare"] = cuda_weight_only.build_pack(case.weight_only(), f"{WEIGHT_ONLY}_prepare")
@@ -258,7 +265,9 @@ class Contestant:
     stored: dict[str, np.ndarray]
 
 
-def described(case: Case, batch: int, level: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def described(
+    case: Case, batch: int, level: int, others: Products | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """(the description of a case at a batch size, the arrays to store with it)"""
     kind = case.name.split()[0]
     found = {**asdict(case), "name": f"{case.name}, batch {batch}", "kind": kind, "batch": batch, "level": level}
@@ -269,11 +278,11 @@ def described(case: Case, batch: int, level: int) -> tuple[dict[str, Any], dict[
         made[NORM] = _norm(case, batch)
     else:
         problems_: dict[int, Contestant] = {}
-        for name, (bits, _) in products(level).items():
+        for name, (bits, _) in (others or products(level)).items():
             if bits not in problems_:
                 problems_[bits] = _product(case.problem(bits), batch)
             made[name] = _named(problems_[bits], name)
-        if not case.gated:
+        if not case.gated and not others:
             made[WEIGHT_ONLY] = _weight_only(case, batch)
     stored = {f"{name}.{key}": array for name, own in made.items() for key, array in own.stored.items()}
     ours = {name: _placed(own.description, name) for name, own in made.items()}

@@ -27,14 +27,20 @@ SHARED, REGISTERS = 227 << 10, 1 << 16
 
 def microseconds(problem: QuantMatmul, tile: Tile, batch: int) -> float:
     """The time of a product."""
+    factors = LAUNCH, ROUND, OUTPUT, COPIED, EACH, SPLIT
+    return sum(factor * term for factor, term in zip(factors, terms(problem, tile, batch), strict=True))
+
+
+def terms(problem: QuantMatmul, tile: Tile, batch: int) -> tuple[float, ...]:
+    """How often each factor counts, in the order in which they stand above."""
     w = Fragments(problem)
     tiles = -(-batch * problem.rows // tile.rows) * (w.outputs // tile.columns)
     splits = max(1, min(BLOCKS // tiles, most_splits(problem)))
-    blocks = -(-tiles * splits // PROCESSORS)
+    blocks, steps = -(-tiles * splits // PROCESSORS), w.steps / splits
     rounds = -(-blocks // room(tile))
-    step = blocks * (OUTPUT * tile.rows * tile.columns + COPIED * (tile.rows + tile.columns)) + EACH * rounds
-    shared = SPLIT * batch * problem.rows * problem.outputs if splits > 1 else 0.0
-    return LAUNCH + ROUND * rounds + w.steps / splits * step + shared
+    step = blocks * tile.rows * tile.columns, blocks * (tile.rows + tile.columns), rounds
+    shared = batch * problem.rows * problem.outputs if splits > 1 else 0
+    return 1, rounds, *(steps * each for each in step), shared
 
 
 def room(tile: Tile) -> int:
