@@ -107,3 +107,25 @@ def test_what_is_no_race():
     for early in (False, True):
         for result in own.run([(name, [x, np.zeros_like(x)]) for name in ("turned", "copied")], early):
             np.testing.assert_array_equal(result[1], x[::-1])
+
+
+def before(waiting: Any, x: Any, y: Any, thread: Any) -> None:
+    store(y, x[thread], thread - 1)
+
+
+def behind(waiting: Any, x: Any, y: Any, thread: Any) -> None:
+    store(y, x[thread], thread + 1)
+
+
+def read_before(waiting: Any, x: Any, y: Any, thread: Any) -> None:
+    store(y, x[thread - 1024], thread)
+
+
+@pytest.mark.parametrize(("body", "says"), [(before, "before the beginning"), (behind, "Segf"), (read_before, "Segf")])
+def test_what_lies_outside_of_a_buffer(body, says):
+    """Behind it begins a page that nobody may touch, and a page or less before it."""
+    kernels.needs()
+    x = np.arange(THREADS, dtype=np.float32)
+    own = library({"outside": body})
+    (found,) = own.tried([("outside", [x, np.zeros_like(x)])])
+    assert found is None and says in own.said, own.said

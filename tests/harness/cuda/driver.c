@@ -104,17 +104,22 @@ static unsigned launches, graphs;
 unsigned cuEmulatedLaunches(void) { return launches; }  // one by one
 unsigned cuEmulatedGraphs(void) { return graphs; }  // launched
 
-// Blocks end before a page that nobody may touch, as closely as their alignment allows; what lies between stays as it is.
+// Blocks lie between two pages that nobody may touch, as close to the second as their alignment allows; what lies between
+// stays as it is.
 typedef struct Block {
     void *base;
     size_t size;
-    const unsigned char *first, *end, *page;
+    const unsigned char *front, *first, *end, *page;
     int device;
     struct Block *next;
 } Block;
 static Block *blocks;
 static __thread int current;  // device of a thread
-static Block *block_of(void *place) { return (Block *)((uintptr_t)place / 4096 * 4096) - 1; }
+static Block *block_of(void *place) {
+    Block *found = blocks;
+    while (found && found->first != place) found = found->next;
+    return found;
+}
 
 static void run(const Node *node) {
     if (!node->kernel) {
@@ -133,11 +138,14 @@ static void run(const Node *node) {
         }
     node->kernel->run(node->grid, node->threads, arguments);
     for (const Block *block = blocks; block; block = block->next)
-        for (const unsigned char *at = block->end; at < block->page; ++at)
-            if (*at != 0xa5) {
-                fprintf(stderr, "emulator: a kernel has written behind the end of a block\n");
+        for (const unsigned char *at = block->front; at < block->page; ++at) {
+            if (at == block->first) at = block->end;
+            if (at < block->page && *at != 0xa5) {
+                const char *where = at < block->first ? "before the beginning" : "behind the end";
+                fprintf(stderr, "emulator: a kernel has written %s of a block\n", where);
                 abort();
             }
+        }
 }
 
 static void keep(const Node *node);
@@ -238,14 +246,15 @@ int cudaMalloc(void **place, size_t size) {
     size_t kept = (size + 255) / 256 * 256 + !size * 256, pages = (kept + 4095) / 4096 * 4096;
     char *base = mmap(0, pages + 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) return 2;
+    memset(base + 2 * 4096, 0xa5, pages);  // as any memory that was used before
+    mprotect(base + 4096, 4096, PROT_NONE);
     mprotect(base + 2 * 4096 + pages, 4096, PROT_NONE);
     *place = base + 2 * 4096 + pages - kept;
-    unsigned char *first = *place;
-    Block *own = block_of(first);
-    *own = (Block){base, pages + 3 * 4096, first, first + size, first + kept, current, blocks};
+    unsigned char *first = *place, *front = (unsigned char *)base + 2 * 4096;
+    Block *own = (Block *)base;
+    *own = (Block){base, pages + 3 * 4096, front, first, first + size, first + kept, current, blocks};
     blocks = own;
     held += pages;
-    memset(*place, 0xa5, kept);  // as any memory that was used before
     return 0;
 }
 int cudaMallocHost(void **place, size_t size) { return cudaMalloc(place, size); }
