@@ -138,6 +138,8 @@ def _in_graphs(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expe
         return all(torch.equal(result, expected * 2) for result in results)
     except Exception as error:
         return machine.reason(error)
+    finally:
+        torch.compiler.reset()  # its graphs hold memory
 
 
 def captured(torch: Any, device: machine.Device, denoiser: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
