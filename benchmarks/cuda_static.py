@@ -30,8 +30,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import documents
 from benchmarks.machine import provenance
-from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, wgmma
+from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, wgmma, wgmma_attention
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
+from mpq_compiler.backends.tvm.kernels.cuda.threads import ROOM
+from mpq_compiler.backends.tvm.kernels.cuda.weights import STEP
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
@@ -77,7 +79,7 @@ def compiled(problem: QuantMatmul | FastAttention) -> list[bytes]:
     """The kernel's machine code for all architectures: Hopper has products of its own in an artifact for it alone."""
     builds = {"cuda": gemm.build, "cuda-sm90": wgmma.build}
     if isinstance(problem, FastAttention):
-        builds = {"cuda": fast_attention.build}
+        builds = {"cuda": fast_attention.build, "cuda-sm90": wgmma_attention.build}
     found = []
     for name, build in builds.items():
         target = TARGETS[name]
@@ -87,13 +89,16 @@ def compiled(problem: QuantMatmul | FastAttention) -> list[bytes]:
     return found
 
 
-def tile(problem: QuantMatmul | FastAttention, hopper: bool) -> str:
-    """Of a block of threads, in words."""
+def tile(problem: QuantMatmul | FastAttention, hopper: bool) -> tuple[str, int]:
+    """Of a block of threads, in words; and the bytes of shared memory that it asks for where it is launched."""
     if isinstance(problem, FastAttention):
-        own = fast_attention.tile(problem)
-        return f"{own.queries} x {own.keys}"
+        own = wgmma_attention.tile(problem) if hopper else fast_attention.tile(problem)
+        assert own is not None
+        words = 4 * own.words
+        return f"{own.queries} x {own.keys}", words if words > ROOM else 0
     found = (wgmma if hopper else tiles).tile(problem)
-    return f"{found.rows} x {found.columns}"
+    size = found.stages * STEP * (found.rows + found.columns * problem.bits // 8)
+    return f"{found.rows} x {found.columns}", size if size > ROOM else 0
 
 
 def listed(code: Path) -> Iterator[tuple[int, list[tuple[int, str]]]]:
@@ -135,13 +140,13 @@ def loop(instructions: list[tuple[int, str]]) -> tuple[int, int] | None:
 
 
 def _products(text: str) -> int:
-    """Of an instruction in units of IMMA: 16 x 8 outputs of a warp, whose share of `wgmma` is 16 rows."""
-    wide = re.search(r"\bIGMMA\.64x(\d+)x32", text)
+    """Of an instruction in units of IMMA or HMMA: 16 x 8 outputs of a warp, whose share of `wgmma` is 16 rows."""
+    wide = re.search(r"\b[IH]GMMA\.64x(\d+)x", text)
     return int(wide[1]) // 8 if wide else int("MMA" in text)
 
 
-def measure(name: str, code: bytes, tile: str) -> Iterator[dict[str, Any]]:
-    """A row for each architecture."""
+def measure(name: str, code: bytes, tile: str, asked: int = 0) -> Iterator[dict[str, Any]]:
+    """A row for each architecture. asked: bytes of shared memory, at the launch."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.fatbin")
         path.write_bytes(code)
@@ -150,7 +155,7 @@ def measure(name: str, code: bytes, tile: str) -> Iterator[dict[str, Any]]:
             found = loop(instructions)
             if found:
                 row = {"kernel": name, "tile": tile, "level": level, "instructions": found[0], "mma": found[1]}
-                yield row | {key.lower(): value for key, value in used[level].items()}
+                yield row | {key.lower(): value + (key == "SHARED") * asked for key, value in used[level].items()}
 
 
 def cutlass(headers: Path) -> bytes:
@@ -178,7 +183,7 @@ def main() -> None:
     with terminal.progress("compiling kernels", len(chosen)) as advance:
         for name, problem in chosen.items():
             for code, kind in zip(compiled(problem), ("", " wgmma"), strict=False):
-                rows += measure(name + kind, code, tile(problem, bool(kind)))
+                rows += measure(name + kind, code, *tile(problem, bool(kind)))
             advance(1)
     if options.cutlass:
         rows += measure("CUTLASS w8", cutlass(options.cutlass), "128 x 128")
