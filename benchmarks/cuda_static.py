@@ -43,11 +43,14 @@ from mpq_compiler.targets.table import TARGETS
 RESULTS = Path(__file__).parent / "results" / "cuda_static.json"
 BUDGET = 8
 """Instructions that a scheduler issues while a tensor core is busy with one."""
+INTEGER = {"LOP3", "PLOP3", "SHF", "PRMT", "IADD3", "LEA", "ISETP", "SEL", "IMNMX", "VIADD", "VIMNMX", "SGXT", "BMSK"}
+"""Instructions of the integer pipe, which takes two cycles for a warp's."""
 LINEAR = QuantMatmul.linear((4096,), 1280, 1280)
 CONV = QuantMatmul(32, 32, 320, 320, (3, 3), padding=(1, 1, 1, 1))
 FORMATS: dict[str, dict[str, Any]] = {
     "w8": {},
     "w4": {"bits": 4},
+    "w4 integers": {"bits": 4, "integers": True},
     "w3": {"bits": 3},
     "w2": {"bits": 2},
     "base+b": {"bits": 2, "has_offset": True},
@@ -125,9 +128,9 @@ def resources(code: Path) -> dict[int, dict[str, int]]:
     return found
 
 
-def loop(instructions: list[tuple[int, str]]) -> tuple[int, int] | None:
-    """(instructions, IMMAs and HMMAs among them) of the smallest loop that has any."""
-    best: tuple[int, int] | None = None
+def loop(instructions: list[tuple[int, str]]) -> tuple[int, int, int] | None:
+    """(instructions, IMMAs and HMMAs, integer ones among them) of the smallest loop that has any products."""
+    best: tuple[int, int, int] | None = None
     for end, text in instructions:
         target = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", text)
         if not target or int(target[1], 16) >= end:
@@ -135,7 +138,8 @@ def loop(instructions: list[tuple[int, str]]) -> tuple[int, int] | None:
         body = [t for at, t in instructions if int(target[1], 16) <= at <= end]
         products = sum(_products(t) for t in body)
         if products and (best is None or len(body) < best[0]):
-            best = len(body), products
+            integer = sum(re.sub(r"^@!?U?P\w+ ", "", text).split(".")[0].split()[0] in INTEGER for text in body)
+            best = len(body), products, integer
     return best
 
 
@@ -154,7 +158,8 @@ def measure(name: str, code: bytes, tile: str, asked: int = 0) -> Iterator[dict[
         for level, instructions in listed(path):
             found = loop(instructions)
             if found:
-                row = {"kernel": name, "tile": tile, "level": level, "instructions": found[0], "mma": found[1]}
+                row: dict[str, Any] = {"kernel": name, "tile": tile, "level": level}
+                row |= dict(zip(("instructions", "mma", "integer"), found, strict=True))
                 yield row | {key.lower(): value + (key == "SHARED") * asked for key, value in used[level].items()}
 
 
@@ -207,10 +212,12 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
         own = {row["level"]: row for row in rows if row["kernel"] == name}
         first = next(iter(own.values()))
         ratios = [f"{own[n]['instructions'] / own[n]['mma']:.1f}" if n in own else "" for n in levels]
+        cycles = [f"{2 * own[n]['integer'] / own[n]['mma']:.1f}" if n in own else "" for n in (80, 90)]
         registers = "{} .. {}".format(min(r["reg"] for r in own.values()), max(r["reg"] for r in own.values()))
         shared = f"{first['shared'] / 1024:.0f} KiB" if first["shared"] else ""
-        lines.append([name, first["tile"], *ratios, registers, shared])
-    return ["kernel", "tile", *(f"sm_{n}" for n in levels), "registers", "shared"], lines
+        lines.append([name, first["tile"], *ratios, *cycles, registers, shared])
+    named = [f"sm_{n}" for n in levels]
+    return ["kernel", "tile", *named, "integer sm_80", "integer sm_90", "registers", "shared"], lines
 
 
 if __name__ == "__main__":
