@@ -123,9 +123,9 @@ def _package(name: str) -> Path:
 
 
 def packed(folder: Path) -> int:
-    """The bytes of the folder as an archive, which is how it travels."""
+    """The bytes of the folder as an archive by LZMA, as which it may travel."""
     with tempfile.TemporaryFile() as stream:
-        zipped(stream, sorted(folder.rglob("*")), folder, zipfile.ZIP_DEFLATED)
+        zipped(stream, sorted(folder.rglob("*")), folder, zipfile.ZIP_LZMA)
         return stream.tell()
 
 

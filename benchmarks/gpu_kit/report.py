@@ -23,7 +23,9 @@ def text(folder: Path) -> str:
     """All tables, each below a sentence that says what it is of."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     parts = [_bits(found["bits"]), *_sanitizers(found.get("sanitizers")), _ceilings(found["tables"])]
-    parts += [_layers(found["tables"]), _others(found["tables"]), _whole(found["whole"]), _counters(found["counters"])]
+    parts += [_layers(found["tables"]), _others(found["tables"]), _whole(found["whole"])]
+    if "counters" in found:
+        parts.append(_counters(found["counters"]))
     return "\n\n".join(parts)
 
 

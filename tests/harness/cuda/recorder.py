@@ -21,7 +21,7 @@ from mpq_compiler.targets import nvidia
 
 FOLDER, LEVELS = "MPQ_TEST_RECORD", "MPQ_TEST_RECORD_LEVELS"
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+(?:, \d+)?\) (\w+)_kernel\(')
-_PRODUCT = "f32_bf16_bf16_f32"
+_PRODUCT = "f32_bf16_bf16"
 """In the name of what multiplies in bfloat16."""
 SUMS, UNIT = 2e-6, 2.0**-9
 """How far results of such kernels may be from the emulator's, relative to the largest; a unit of bfloat16 where sums

@@ -56,7 +56,7 @@ def tile(problem: QuantMatmul, tiles: Sequence[Tile] = TILES) -> Tile:
 
 
 PROCESSORS = 132
-"""Of an H100 and an H200; an A100 has 108."""
+"""The processors of an H100 and an H200; an A100 has 108."""
 BLOCKS = 2 * PROCESSORS
 """Blocks of threads that keep a GPU busy."""
 LEAST_STEPS = 12
