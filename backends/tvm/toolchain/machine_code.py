@@ -18,6 +18,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,7 +183,14 @@ def fatbin(source: str, levels: Sequence[int]) -> bytes:
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
             raise RuntimeError(f"nvcc refuses a kernel: {(lines or ['it says nothing'])[0].strip()}")
+        for line in filter(_is_complaint, done.stderr.splitlines()):
+            warnings.warn(f"NVIDIA's assembler complains of a kernel: {line.strip()}", stacklevel=2)
         return output.read_bytes()
+
+
+def _is_complaint(line: str) -> bool:
+    """Whether the assembler warns: of products that wait for one another (C75..), of what it does not keep."""
+    return line.startswith("ptxas") and ("warning" in line or "(C7" in line)
 
 
 def _architectures(levels: Sequence[int]) -> list[str]:

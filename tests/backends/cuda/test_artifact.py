@@ -32,6 +32,7 @@ from tests.harness.cuda import emulator, kernels, nvcc, silicon
 from tests.harness.cuda.kernels import cuobjdump
 from tests.harness.float_kernels import error
 
+pytestmark = pytest.mark.filterwarnings("error:NVIDIA's assembler complains")
 MODELS = (
     (packed.BUNDLED, "int4", "cuda-sm90"),
     ("sd15", "int2+b", "cuda-sm90"),

@@ -25,6 +25,7 @@ from tests.harness.cuda.kernels import Library, cuobjdump, empty
 from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
 from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits
 
+pytestmark = pytest.mark.filterwarnings("error:NVIDIA's assembler complains")
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 CODES = replace(RESIDUAL, steps=(*RESIDUAL.steps, Step("quantize", value=6)))
 PROBLEMS = {
@@ -150,6 +151,24 @@ def test_nan_spoils_what_depends_on_it_only(results, which):
 def test_what_no_kernel_computes(problem, says):
     with pytest.raises(UserError, match=f"no CUDA kernel computes .*{says}"):
         fast_attention.build(problem, "attention")
+
+
+def test_machine_code_of_hopper(tmp_path):
+    """Products are of four warps together, none waits for another, and what a thread holds is in registers."""
+    target = TARGETS["cuda-sm90"]
+    problems = {f"d{dim}": FastAttention(4096, 4096, 8, dim) for dim in (40, 64, 72, 128)}
+    functions = {name: wgmma_attention.build(problem, name) for name, problem in problems.items()}
+    _, device = machine_code.compiled(functions, target)
+    code = tmp_path / "kernels.fatbin"
+    code.write_bytes(machine_code.fatbin(device.source, target.levels))
+    used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
+    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
+    products = 0
+    for problem in problems.values():
+        own = wgmma_attention.tile(problem)
+        assert own is not None
+        products += 2 * own.steps + 2 * own.keys // 16  # of a step and of the first or the last
+    assert listed.count("HGMMA.64x") == products and " HMMA." not in listed
 
 
 def test_machine_code_for_all_architectures(tmp_path):

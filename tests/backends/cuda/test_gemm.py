@@ -23,6 +23,7 @@ from mpq_compiler.targets import table as targets
 from tests.harness.cuda import kernels, silicon
 from tests.harness.cuda.cases import FORMATS, IMAGE, SEGMENTS, Problems
 from tests.harness.cuda.kernels import Library, cuobjdump, empty
+from tests.harness.cuda.mutants import mutated
 from tests.harness.shapes import (
     CONVOLUTIONS,
     Case,
@@ -34,6 +35,7 @@ from tests.harness.shapes import (
     with_widths,
 )
 
+pytestmark = pytest.mark.filterwarnings("error:NVIDIA's assembler complains")
 linear = QuantMatmul.linear
 Build = Callable[[QuantMatmul, str], Any]
 
@@ -159,6 +161,21 @@ def test_gates(build):
 def test_a_gate_joins_whole_blocks():
     with pytest.raises(ValueError, match="96 outputs are no pairs of 32"):
         linear((5,), 64, 96, gate=Gate("gelu"))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        ("T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))", "C7517"),
+        ("T.evaluate(T.ptx.wgmma.fence.sync.aligned())", "C7519"),
+    ],
+)
+def test_what_the_assembler_mends_is_said(mistake, says):
+    """Products that are not waited for, or have no fence before them: its code is right, and slow."""
+    problem, target = linear((256,), 640, 640), targets.resolve("cuda-sm90")
+    _, device = machine_code.compiled({"k": mutated(wgmma, mistake, "pass").build(problem, "k")}, target)
+    with pytest.warns(UserWarning, match=f"NVIDIA's assembler complains of a kernel: .*{says}"):
+        machine_code.fatbin(device.source, target.levels)
 
 
 @pytest.mark.parametrize("level", [100, 110, 120, 121])
