@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mpq_compiler.backends.tvm.kernels.problems.operations import UNARY
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import GATED
-from mpq_compiler.backends.tvm.plan.calls import Call, Kernel, Lowered, Record, Shape, Value, record
+from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Record, Shape, Value, record
 from mpq_compiler.backends.tvm.plan.views import whole
 
 
@@ -43,7 +43,7 @@ class _Join:
 
 def join(lowered: Lowered) -> Lowered:
     """Let products compute the gates behind them, where all products with these weights do."""
-    joins = [join for function in lowered.functions for join in _joins(function.own)]
+    joins = [join for function in lowered.functions for join in _joins(function)]
     done, gates = Counter(join.panels for join in joins), {join.panels: join.gate for join in joins}
     reads = Counter(name for function in lowered.functions for call in function.calls for _, name in call.operands)
     wanted = {name for name, count in done.items() if count == reads[name]}
@@ -54,19 +54,20 @@ def join(lowered: Lowered) -> Lowered:
                 return replace(call, kernel=Kernel(call.kernel.template, call.kernel.problem.replace(gate=gates[name])))
         return call
 
-    def changed(calls: Sequence[Call]) -> tuple[Call, ...]:
-        own = [join for join in _joins(calls) if join.panels in wanted]
+    def changed(function: Function) -> Function:
+        own = [join for join in _joins(function) if join.panels in wanted]
         replaced = {join.call: [join.joined()] for join in own} | {join.product: [] for join in own}
-        return tuple(new for call in calls for new in replaced.get(call, [call]))
+        return replace(function, own=tuple(new for call in function.own for new in replaced.get(call, [call])))
 
-    functions = tuple(replace(function, own=changed(function.own)) for function in lowered.functions)
+    functions = tuple(map(changed, lowered.functions))
     return replace(lowered, preparation=tuple(map(prepared, lowered.preparation)), functions=functions).linked()
 
 
-def _joins(calls: Sequence[Call]) -> Iterator[_Join]:
-    makers = {name: call for call in calls for _, name in call.results}
-    reads = Counter(name for call in calls for name in {name for _, name in call.operands})
-    for call in calls:
+def _joins(function: Function) -> Iterator[_Join]:
+    makers = {name: call for call in function.own for _, name in call.results}
+    reads = Counter(name for call in function.own for name in {name for _, name in call.operands})
+    reads[function.output.name] += 1
+    for call in function.own:
         names = {name for argument, name in call.operands if argument.startswith("x")}
         if call.kernel.problem.type != "pointwise.PointwiseProgram" or len(names) > 1:
             continue

@@ -16,16 +16,12 @@ def decode_by_shifts(lowered: Lowered) -> Lowered:
         if table not in plain:
             return call
         kernel = Kernel(call.kernel.template, call.kernel.problem.replace(integers=True))
-        operands = tuple(each for each in call.operands if each != ("lut", table))
-        return replace(call, kernel=kernel, operands=operands, results=_without(call.results, table))
+        operands, results = (tuple(e for e in each if e != ("lut", table)) for each in (call.operands, call.results))
+        return replace(call, kernel=kernel, operands=operands, results=results)
 
     preparation = tuple(changed(call, dict(call.results).get("lut")) for call in lowered.preparation)
     functions = tuple(f.mapped(lambda call: changed(call, dict(call.operands).get("lut"))) for f in lowered.functions)
     return replace(lowered, preparation=preparation, functions=functions).linked()
-
-
-def _without(results: tuple[tuple[str, str], ...], table: str | None) -> tuple[tuple[str, str], ...]:
-    return tuple(each for each in results if each != ("lut", table))
 
 
 def _is_plain(call: Call, integers: frozenset[str]) -> bool:

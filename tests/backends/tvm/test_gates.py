@@ -59,6 +59,13 @@ def test_what_others_read_is_not_joined(plan):
     assert gated(gates.join(changed(plan, again, again=value))) == len(gelus(plan)) - 1
 
 
+def test_the_output_is_not_joined(plan):
+    source = dict(gelus(plan)[0].operands)["x0"]
+    (function,) = plan.functions
+    output = replace(function.output, name=source)
+    assert len(list(gates._joins(replace(function, output=output)))) == len(gelus(plan)) - 1
+
+
 def test_weights_that_lie_for_a_gate_are_read_by_no_other_product(plan):
     source = dict(gelus(plan)[0].operands)["x0"]
     product = next(call for call in plan.functions[0].own if call.results[0][1] == source)
