@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Kernel, Record, Shape, Value, record
-from mpq_compiler.backends.tvm.plan.views import View, whole
+from mpq_compiler.backends.tvm.plan.views import contiguous
 
 QUANTIZER = ("qscale", "qzero", "group")
 
@@ -92,9 +92,9 @@ def _channel_parts(call: Call) -> tuple[int, ...] | None:
     moves, inputs, shape = problem.get("copies"), problem.get("inputs"), problem.get("shape")
     if len(inputs) < 2 or len(moves) != len(inputs) or shape[:1] != (BATCH,):
         return None
-    before, target = 0, _contiguous(shape)
+    before, target = 0, contiguous(shape)
     for i, (move, own) in enumerate(zip(moves, inputs, strict=True)):
-        source = _contiguous(own)
+        source = contiguous(own)
         expected = (i, 0, before, source.extents, source.strides, target.strides)
         if own[:-1] != shape[:-1] or _move(move) != expected:
             return None
@@ -108,10 +108,6 @@ def _move(copy: Record) -> tuple[Any, ...]:
         fields[name]
         for name in ("source", "source_offset", "target_offset", "extents", "source_strides", "target_strides")
     )
-
-
-def _contiguous(shape: Shape) -> View:
-    return whole(Value("", shape, ""))
 
 
 def _is_join(call: Call) -> bool:
@@ -149,7 +145,7 @@ def in_place(calls: Sequence[Call], values: dict[str, Value], output: str) -> tu
 
 def _into(move: Record, own: Shape, shape: Shape, maker: Call) -> Record | None:
     """The problem of a kernel that writes its result to where the copy would, or None where it cannot."""
-    source, target = _contiguous(own), _contiguous(shape)
+    source, target = contiguous(own), contiguous(shape)
     problem = maker.kernel.problem
     if maker.into or len(maker.results) != 1 or own[:1] != (BATCH,) or shape[:1] != (BATCH,):
         return None

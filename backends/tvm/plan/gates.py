@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from mpq_compiler.backends.tvm.kernels.problems.operations import UNARY
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import GATED
-from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Record, Shape, Value, record
-from mpq_compiler.backends.tvm.plan.views import whole
+from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Record, record
+from mpq_compiler.backends.tvm.plan.views import contiguous
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def _gate(program: Record, product: Call) -> tuple[Record, int | None] | None:
     if not plain or outputs % (2 * GATED) or shape[-1] != outputs // 2 or len(windows) != 2 or None in windows:
         return None
     source = (*shape[:-1], outputs)
-    halves = [record("pointwise.Window", shape=source, strides=_strides(source), offset=at) for at in (0, outputs // 2)]
+    strides = contiguous(source).strides
+    halves = [record("pointwise.Window", shape=source, strides=strides, offset=at) for at in (0, outputs // 2)]
     if {*windows} != {*halves} or {own for own, _ in program.get("inputs")} != {shape}:
         return None
     op, bits = steps[0].get("op"), steps[-1].get("value")
@@ -113,7 +114,3 @@ def _gate(program: Record, product: Call) -> tuple[Record, int | None] | None:
 
 def _step(op: str, *args: Record, value: int | None = None) -> Record:
     return record("pointwise.PointwiseStep", op=op, args=args, value=value)
-
-
-def _strides(shape: Shape) -> tuple[int, ...]:
-    return whole(Value("", shape, "")).strides

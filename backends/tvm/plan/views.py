@@ -31,8 +31,8 @@ class View:
         batched = self.shape[:1] == (BATCH,)
         if self.offset or batched != self.source.batched or math.prod(self.extents) != self.source.size:
             return False
-        contiguous = whole(Value("", self.shape, "")).strides
-        return all(n == 1 or a == b for n, a, b in zip(self.extents, self.strides, contiguous, strict=True))
+        strides = contiguous(self.shape).strides
+        return all(n == 1 or a == b for n, a, b in zip(self.extents, self.strides, strides, strict=True))
 
     def reshaped(self, shape: Shape) -> View | None:
         """The view in another shape; None where no strides express it."""
@@ -64,3 +64,8 @@ def whole(value: Value) -> View:
         strides.append(0 if one else step)
         step *= 1 if one else int(extent)
     return View(value, value.shape, tuple(reversed(strides)))
+
+
+def contiguous(shape: Shape) -> View:
+    """The view of a whole value of that shape, whichever it is."""
+    return whole(Value("", shape, ""))

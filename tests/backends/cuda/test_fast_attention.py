@@ -15,13 +15,12 @@ pytest.importorskip("tvm")
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, wgmma_attention
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, arguments, outputs
-from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics
 from mpq_compiler.targets.numerics import BF16, INT8
 from mpq_compiler.targets.table import TARGETS
 from tests.harness.cuda import kernels, recorder
-from tests.harness.cuda.kernels import Library, cuobjdump, empty
+from tests.harness.cuda.kernels import Library, disassembled, empty
 from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
 from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits
 
@@ -155,14 +154,9 @@ def test_what_no_kernel_computes(problem, says):
 
 def test_machine_code_of_hopper(tmp_path):
     """Products are of four warps together, none waits for another, and what a thread holds is in registers."""
-    target = TARGETS["cuda-sm90"]
     problems = {f"d{dim}": FastAttention(4096, 4096, 8, dim) for dim in (40, 64, 72, 128)}
     functions = {name: wgmma_attention.build(problem, name) for name, problem in problems.items()}
-    _, device = machine_code.compiled(functions, target)
-    code = tmp_path / "kernels.fatbin"
-    code.write_bytes(machine_code.fatbin(device.source, target.levels))
-    used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
-    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
+    _, listed = disassembled(functions, TARGETS["cuda-sm90"], tmp_path)
     products = 0
     for problem in problems.values():
         own = wgmma_attention.tile(problem)
@@ -176,14 +170,10 @@ def test_machine_code_for_all_architectures(tmp_path):
     target = TARGETS["cuda"]
     problems = {f"d{dim}": FastAttention(4096, 4096, 8, dim) for dim in (40, 64, 80, 128)}
     functions = {name: fast_attention.build(problem, name) for name, problem in problems.items()}
-    _, device = machine_code.compiled(functions, target)
-    code = tmp_path / "kernels.fatbin"
-    code.write_bytes(machine_code.fatbin(device.source, target.levels))
-    used = cuobjdump("-res-usage", code)
+    used, listed = disassembled(functions, target, tmp_path)
     assert len(re.findall(r"REG:", used)) == len(problems) * len(target.levels)
-    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
     products = 0
     for problem in problems.values():
         own = fast_attention.tile(problem)
         products += own.fragments * own.keys // 8 * own.steps + own.fragments * own.keys // 16 * -(-own.columns // 8)
-    assert cuobjdump("-sass", code).count("HMMA.16816.F32.BF16") == products * len(target.levels)
+    assert listed.count("HMMA.16816.F32.BF16") == products * len(target.levels)

@@ -22,7 +22,7 @@ from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
 from tests.harness.cuda import kernels, silicon
 from tests.harness.cuda.cases import FORMATS, IMAGE, SEGMENTS, Problems
-from tests.harness.cuda.kernels import Library, cuobjdump, empty
+from tests.harness.cuda.kernels import Library, disassembled, empty
 from tests.harness.cuda.mutants import mutated
 from tests.harness.shapes import (
     CONVOLUTIONS,
@@ -101,11 +101,7 @@ def test_machine_code_of_hopper(tmp_path):
     """Products are of four warps together, and nothing but them holds their sums."""
     problems = {f"k{bits}": linear((256,), 640, 640, bits=bits, has_offset=True) for bits in (8, 3)}
     functions = {name: wgmma.build(problem, name) for name, problem in problems.items()}
-    target, code = targets.resolve("cuda-sm90"), tmp_path / "kernels.fatbin"
-    _, device = machine_code.compiled(functions, target)
-    code.write_bytes(machine_code.fatbin(device.source, target.levels))
-    used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
-    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
+    _, listed = disassembled(functions, targets.resolve("cuda-sm90"), tmp_path)
     assert " IMMA." not in listed
     rows = [wgmma.tile(problem).rows for problem in problems.values()]
     assert Counter(re.findall(r"IGMMA\.[\w.]+", listed)) == Counter(f"IGMMA.64x{n}x32.S8.U8" for n in 2 * rows)
@@ -182,9 +178,7 @@ def test_what_the_assembler_mends_is_said(mistake, says):
 def test_machine_code_of_later_gpus(level, tmp_path):
     """The instructions of sm_80 are theirs as well; no register is spilled."""
     problems = {"k8": linear((256,), 640, 640), "k4": linear((256,), 640, 640, bits=4, integers=True)}
-    target, code = targets.resolve(f"cuda-sm{level}"), tmp_path / "kernels.fatbin"
-    _, device = machine_code.compiled({name: gemm.build(p, name) for name, p in problems.items()}, target)
-    code.write_bytes(machine_code.fatbin(device.source, target.levels))
-    used, listed = cuobjdump("-res-usage", code), cuobjdump("-sass", code)
-    assert f"sm_{level}" in listed and set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
+    functions = {name: gemm.build(problem, name) for name, problem in problems.items()}
+    _, listed = disassembled(functions, targets.resolve(f"cuda-sm{level}"), tmp_path)
+    assert f"sm_{level}" in listed
     assert listed.count(" IMMA.16832.U8.S8") >= len(problems) * 64, sorted(set(re.findall(r"I?MMA[\w.]*", listed)))

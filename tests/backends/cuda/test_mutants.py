@@ -352,7 +352,7 @@ WGMMA_ATTENTION: Mutants = {
     "the first keys again": ("self.key_tiles + 2 * pair)", "self.key_tiles)"),
     "rows of another pitch": ("(self.keys + 1) * GROUP", "self.keys * GROUP + 1"),
     "matrices twice as close": ("(8 * 16 >> 4) << 32", "(8 * 16 >> 5) << 32"),
-    "keys for values": ("values = self._operand(self.values,", "values = self._operand(self.keys,"),
+    "keys for values": ("operand(self.values,", "operand(self.keys,"),
     "weights of the first row": ("self._weight(row, tile), 2 * tile + row)", "self._weight(0, tile), 2 * tile + row)"),
     "half of the threads copy": ("return 32 * WARPS * self.t.groups", "return 32 * WARPS"),
 }

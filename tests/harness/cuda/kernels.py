@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import numpy as np
 
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 from mpq_compiler.backends.tvm.toolchain import machine_code
-from mpq_compiler.targets.table import TARGETS
+from mpq_compiler.targets.table import TARGETS, Target
 from tests.harness.cuda import emulator, recorder, silicon
 
 TARGET = TARGETS["cuda-sm80"]
@@ -121,6 +122,16 @@ def cuobjdump(option: str, code: Path) -> str:
     done = subprocess.run([machine_code.tool("cuobjdump"), option, code], capture_output=True, text=True)
     assert done.returncode == 0, f"{option} of {code.stat().st_size} bytes: {done.returncode}, {done.stderr[-1000:]}"
     return done.stdout
+
+
+def disassembled(functions: Mapping[str, Any], target: Target, folder: Path) -> tuple[str, str]:
+    """(the resources, the instructions) of the machine code of some kernels, which keeps no register in memory."""
+    _, device = machine_code.compiled(functions, target)
+    code = folder / "kernels.fatbin"
+    code.write_bytes(machine_code.fatbin(device.source, target.levels))
+    used = cuobjdump("-res-usage", code)
+    assert set(re.findall(r"(?:STACK|LOCAL):(\d+)", used)) == {"0"}, used
+    return used, cuobjdump("-sass", code)
 
 
 def empty(argument: Argument, batch: int) -> np.ndarray:

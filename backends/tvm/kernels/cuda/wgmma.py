@@ -16,7 +16,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, store
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, store
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, model, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import ONES
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
@@ -48,6 +48,16 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
     return primfunc(name, kernel.parameters(problem), body)
 
 
+def operand(buffer: Buffer, layout: int) -> Expr:
+    """Describe shared memory to the tensor cores (PTX ISA, 9.7.17.5.1.2.2).
+
+    layout: all bits but those of the address
+    """
+    address = T.cast(T.cuda.cvta_generic_to_shared(buffer.ptr_to([0])), "uint64")
+    upper, lower = divmod(layout, 1 << 32)  # TVM's numbers have 63 bits
+    return T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(lower) | T.uint64(upper) << T.uint64(32))
+
+
 def tile(problem: QuantMatmul) -> Tile:
     """The tile of `model.fastest`: its warps have all rows and 16 channels each.
 
@@ -75,8 +85,7 @@ class Kernel(kernel.Kernel):
             self.row_sums = local(1, "uint32")
             # Behind the last step nobody reads weights any more.
             self.activations = part(self.x, t.stages * t.rows * STEP, t.rows, "int32")
-        address = T.cast(T.cuda.cvta_generic_to_shared(self.x.ptr_to([0])), "uint64")
-        self.operand = T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(LAYOUT) << T.uint64(32))
+        self.operand = operand(self.x, LAYOUT << 32)
 
     def _fragment(self, j: int) -> Any:
         return self.thread // 128 * (4 * self.t.column_fragments) + self.thread // 32 % 4 + 4 * j

@@ -17,7 +17,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, sto
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
 from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, STAGES
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc, rolled
-from mpq_compiler.backends.tvm.kernels.cuda.wgmma import ADDRESS
+from mpq_compiler.backends.tvm.kernels.cuda.wgmma import operand
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.targets.numerics import BF16
 
@@ -97,8 +97,7 @@ class _Kernel(fast_attention.Kernel):
         p, t = self.p, self.t
         steps = -(-p.keys // t.keys)
         self.weights = local(self.key_tiles * 2, "uint32")
-        keys = self._operand(self.keys, t.key_pitch)
-        values = self._operand(self.values, t.value_pitch)
+        keys, values = operand(self.keys, _layout(t.key_pitch)), operand(self.values, _layout(t.value_pitch))
 
         def load(step: Index) -> None:
             """The values of a step and the keys of the next."""
@@ -162,19 +161,15 @@ class _Kernel(fast_attention.Kernel):
         T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
         _settled(self.out)
 
-    def _operand(self, buffer: Buffer, pitch: int) -> Index:
-        """Describe shared memory to the tensor cores: matrices that follow one another (PTX ISA, 9.7.17.5.1.2.2).
-
-        pitch: words from one matrix to the next along the sum; those of other rows follow at once
-        """
-        address = T.cast(T.cuda.cvta_generic_to_shared(buffer.ptr_to([0])), "uint64")
-        layout = (pitch * 4 >> 4) << 16 | (8 * 16 >> 4) << 32
-        return T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(layout))
-
     def _multiply(self, sums: Buffer, rows: list[Index], operand: Index, adds: bool) -> None:
         count = int(sums.shape[0])
         instruction = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16"
         T.evaluate(T.ptx[instruction](*(sums[r] for r in range(count)), *rows, operand, adds, 1, 1, 0))
+
+
+def _layout(pitch: int) -> int:
+    """Matrices of 8 rows that follow one another; so many words to the next one along the sum."""
+    return (pitch * 4 >> 4) << 16 | (8 * 16 >> 4) << 32
 
 
 def _settled(registers: Buffer) -> None:
