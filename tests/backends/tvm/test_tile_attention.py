@@ -1,8 +1,9 @@
-"""Attention in bfloat16 and in 8 bits on emulated tiles against its own meaning."""
+"""Attention in bfloat16 and in 8 bits on tiles against its own meaning: emulated, and those of CPUs that have them."""
 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -14,12 +15,13 @@ from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operan
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
 from mpq_compiler.targets import numerics
 from mpq_compiler.targets.numerics import BF16, INT8
-from mpq_compiler.targets.table import TARGETS
+from mpq_compiler.targets.table import TARGETS, with_features
 from tests.harness import qemu
 from tests.harness.emulated import TARGET, emulated
 from tests.harness.fast_attention import Call, functions, here, inputs_of, meaning, ready, result
 from tests.harness.fast_attention import emulated as on_arm
 from tests.harness.float_kernels import error, same_bits
+from tests.harness.integer_kernels import needs
 
 RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 PROBLEMS = {
@@ -34,53 +36,60 @@ PROBLEMS = {
 
 
 KINDS = (BF16, INT8)
+TILES = ("emulated", "silicon")
+
+
+@pytest.fixture(params=TILES)
+def tiles(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 @functools.cache
-def _library(kind: str) -> Call:
-    with emulated() as isa:
+def _library(kind: str, tiles: str) -> Call:
+    with emulated() if tiles == "emulated" else nullcontext(needs(TARGET)) as isa:
         for problem in _problems(kind):
             assert tile_attention.fits(problem, isa) and tile_attention.fits(ready(problem), isa)
-        return here(functions(_problems(kind), "amx"), isa.target())
+        own = with_features(TARGETS[TARGET], numerics.features_of(kind, "x86_64"))
+        return here(functions(_problems(kind), "amx"), isa.target() if tiles == "emulated" else dict(own.tvm))
 
 
 def _problems(kind: str) -> list[FastAttention]:
     return [replace(problem, numerics=kind) for problem in PROBLEMS.values()]
 
 
-def _run(name: str, inputs: list[np.ndarray], kind: str) -> np.ndarray:
+def _run(name: str, inputs: list[np.ndarray], kind: str, tiles: str) -> np.ndarray:
     index = [*PROBLEMS].index(name)
-    return result(_library(kind), index, _problems(kind)[index], inputs)
+    return result(_library(kind, tiles), index, _problems(kind)[index], inputs)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_against_its_meaning(name: str, kind: str) -> None:
+def test_against_its_meaning(name: str, kind: str, tiles: str) -> None:
     problem = PROBLEMS[name]
     inputs = inputs_of(problem)
-    assert error(_run(name, inputs, kind), meaning(problem, inputs, kind)) <= numerics.BOUNDS[kind]
+    assert error(_run(name, inputs, kind, tiles), meaning(problem, inputs, kind)) <= numerics.BOUNDS[kind]
 
 
-def test_eight_bits_are_those_of_registers() -> None:
+def test_eight_bits_are_those_of_registers(tiles: str) -> None:
     """They are the same on all targets: here those of a CPU that multiplies signed codes."""
     if reason := qemu.missing():
         pytest.skip(reason)
     registers = on_arm(functions(_problems(INT8), "dotprod"), dict(TARGETS["aarch64-dotprod"].tvm))
     for i, (name, problem) in enumerate(zip(PROBLEMS, _problems(INT8), strict=True)):
         inputs = inputs_of(problem)
-        assert same_bits(_run(name, inputs, INT8), result(registers, i, problem, inputs)), name
+        assert same_bits(_run(name, inputs, INT8, tiles), result(registers, i, problem, inputs)), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", (0, 1, 2))
-def test_nan_spoils_what_depends_on_it_only(which: int, kind: str) -> None:
+def test_nan_spoils_what_depends_on_it_only(which: int, kind: str, tiles: str) -> None:
     """NaN in query, key or value 5, dimension 0, of sample 0 and head 0."""
     name = "one block of each"
     inputs = inputs_of(PROBLEMS[name])
-    whole = _run(name, inputs, kind)
+    whole = _run(name, inputs, kind, tiles)
     inputs[which] = inputs[which].copy()
     inputs[which][0, 5, 0] = np.nan
-    y, spoiled = _run(name, inputs, kind), np.zeros(whole.shape, bool)
+    y, spoiled = _run(name, inputs, kind, tiles), np.zeros(whole.shape, bool)
     spoiled[(0, 5, slice(32)) if which == 0 else (0, slice(None), slice(32) if which == 1 else 0)] = True
     assert (np.isnan(y) == spoiled).all()
     assert same_bits(y[~spoiled], whole[~spoiled])
