@@ -141,8 +141,7 @@ def problems() -> dict[str, dict[str, QuantMatmul]]:
 @functools.cache
 def compiled(problem: QuantMatmul, target: Isa) -> tuple[Call, Call]:
     """(the kernel, what prepares its weights)."""
-    plain = problem if not problem.pointwise else replace(problem, height=1, width=1, rank=3)
-    return _compiled(gemm, problem, target), _compiled(prepare, replace(plain, epilogue=None), target)
+    return _compiled(gemm, problem, target), _compiled(prepare, replace(problem, epilogue=None), target)
 
 
 @functools.cache

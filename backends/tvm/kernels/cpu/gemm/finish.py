@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import apply
-from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, span, store
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, span, store
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
@@ -20,6 +21,29 @@ from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block
 from mpq_compiler.backends.tvm.kernels.cpu.isa import Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
+
+
+Group = Callable[[Index], Index]
+"""Number of a row of a tile -> its time group."""
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A tile whose sums are in memory.
+
+    products: int32 sums of each segment and where they begin; of many segments none, but what is ``scaled``
+    block:    number of the block of output channels
+    first:    number of the chunk's first row in the product
+    r:        number of the tile's first row in the chunk
+    """
+
+    tile: Tile
+    products: list[tuple[Buffer, Index]]
+    scaled: Buffer | None
+    group: Group
+    block: Index
+    first: Index
+    r: Index
 
 
 class Finish:
@@ -30,12 +54,12 @@ class Finish:
         self.rows, self.block = rows, block
         self.epilogue = self.p.epilogue or Epilogue()
 
-    def row(
-        self, tile: Tile, products: list[tuple[Buffer, Any]], scaled: Buffer | None, i: Any, r: Any, group: Any
-    ) -> None:
-        """Scales, bias (where nothing is ``scaled`` yet), offsets, epilogue and store of row i of a tile, row r."""
+    def row(self, summed: Summed, i: Index) -> None:
+        """Scales, bias (where nothing is ``scaled`` yet), offsets, epilogue and store of row i of a tile."""
         p, w, lanes = self.p, self.w, self.isa.lanes
-        m = T.bind(self.rows.first_row + r)
+        tile, products, scaled = summed.tile, summed.products, summed.scaled
+        r, group = summed.r + i, summed.group(i)
+        m = T.bind(summed.first + r)
         scales = []
         if products or p.has_offset or p.dynamic:
             scales = [T.bind(self.b["act_scale"][self.s.entry(Segment(j), m, group)]) for j in range(len(p.segments))]
@@ -51,7 +75,7 @@ class Finish:
 
         def vector(v: int, live: int) -> None:
             """Registers v of the block; its first `live` lanes are channels of the output."""
-            n = T.bind(self.block.channel(v))
+            n = T.bind(self.block.channel(v, summed.block))
             y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
             if scaled is not None:
                 total = scaled[span((i * tile.vectors + v) * lanes, lanes)]
@@ -95,7 +119,7 @@ class Finish:
             self._store_live(self.b["out"], y, at, live)
 
         # In the last block, registers behind the output's last channel are not stored, one perhaps in part.
-        inner = T.bool(True) if w.blocks == 1 else self.block.number < w.blocks - 1
+        inner = T.bool(True) if w.blocks == 1 else summed.block < w.blocks - 1
         for v in range(tile.vectors):
             live = min(lanes, p.outputs - (w.blocks - 1) * w.block - v * lanes)
             if live == lanes:

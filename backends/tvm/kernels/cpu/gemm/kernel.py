@@ -27,12 +27,14 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     with_functions,
 )
 from mpq_compiler.backends.tvm.kernels.cpu import amx, sme
+from mpq_compiler.backends.tvm.kernels.cpu.gemm import spread
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.accumulate import Accumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import each_segment, loop, opaque, quotient, when
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish, Group, Summed
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.outer import OuterAccumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.spread import Spread
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.tiles import TileAccumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights
 from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, Isa, Tile
@@ -92,11 +94,19 @@ class Kernel:
                 else:
                     here, gather = self.rows.chunk_of_images(start, count, band - chunk * bands)
                 if not self.s.direct or p.has_offset or self.s.paired or self.s.planes:
-                    self._once(0, band, blocks * self.s.parts, gather)
+                    self._once(0, band, blocks * self.s.parts, partial(self._gather, gather))
                 self.block.number = T.bind(block - band * blocks) if blocks > 1 else 0
                 self._multiply(here, piece - block * self.s.parts, block)
+            if self.spread:
+                self.spread.flush()
             if self.isa.depth and self.isa.engine == AMX:
                 amx.release()
+
+    def _gather(self, gather: Callable[[], None]) -> None:
+        """Gathers a chunk, once nothing waits for the sums of the activations of the one before."""
+        if self.spread and self.p.has_offset:
+            self.spread.flush()
+        gather()
 
     def _once(self, cell: int, number: Any, repeated: int, body: Callable[[], None]) -> None:
         """body(), where the thread has not done it for this number: so many pieces in a row have the same one."""
@@ -115,9 +125,14 @@ class Kernel:
             store(self.done, T.int32(-1), cell)
         self.rows.allocate(team)
         self.products: Any = None
+        self.spread: Spread | None = None
         size = self.s.tile.rows * self.s.tile.vectors * self.isa.words
         if self.isa.depth:
-            self.products = team.workspace((segments if segments <= FEW_SEGMENTS else 1) * size, "int32")
+            # Of tiles that wait the first values of the next.
+            if not spread.pays(self.s) or self._starts_differ:
+                self.products = team.workspace((segments if segments <= FEW_SEGMENTS else 1) * size, "int32")
+            if spread.pays(self.s):
+                self.spread = Spread(self.s, team, self.finish)
             if self.isa.engine == AMX:
                 amx.configure(team.workspace(amx.CONFIGURATION, "int32"))
             else:
@@ -208,14 +223,27 @@ class Kernel:
             r = first_row(t)
             groups = self._groups(tile, r)
             products = [(self.products, product(j, t)) for j in range(len(p.segments))]
-            loop(tile.rows, lambda i: self.finish.row(tile, products, None, i, r + i, T.bind(groups[i])))
+            loop(tile.rows, partial(self.finish.row, self._summed(tile, products, None, groups, r)))
 
-    def _groups(self, tile: Tile, r: Any) -> Buffer:
-        """The time groups of the rows r .. r + tile.rows of the chunk."""
+    @property
+    def _starts_differ(self) -> bool:
+        """Whether each row of a tile of a matrix engine has first values of its own."""
+        return not self.p.late_zeros and (self.p.groups > 1 or self.p.dynamic)
+
+    def _groups(self, tile: Tile, r: Any) -> Group:
+        """The time groups of the rows r .. r + tile.rows of the chunk, by their number in the tile."""
+        if self.p.groups == 1:
+            return lambda _: 0
         groups = scratch(tile.rows, "int32")
         with T.unroll(0, tile.rows) as i:
             store(groups, self.rows.group_of(r + i), i)
-        return groups
+        return lambda i: T.bind(groups[i])
+
+    def _summed(
+        self, tile: Tile, products: list[tuple[Buffer, Any]], scaled: Buffer | None, groups: Any, r: Any
+    ) -> Summed:
+        """A tile of the block and chunk that are multiplied now."""
+        return Summed(tile, products, scaled, groups, self.block.number, self.rows.first_row, r)
 
     def _tile(self, tile: Tile, r: Any, t: Any, fresh: Any) -> None:
         """Rows r .. r + tile.rows of the chunk, tile t of it, times one block of weights, to the output.
@@ -223,6 +251,8 @@ class Kernel:
         Few rows have no t; fresh: see `Weights`.
         """
         segments = len(self.p.segments)
+        if self.spread:
+            self.spread.begin()
         groups = self._groups(tile, r)
         size = tile.rows * tile.vectors * self.isa.words
         products: list[tuple[Buffer, Any]] = []
@@ -233,12 +263,16 @@ class Kernel:
         else:
             for j in range(segments):
                 # Where LLVM does not see that nothing else writes them: or it keeps them in the registers of the next.
-                products.append((scratch(size, "int32") if self.products is None else self.products, j * size))
+                none = self.products is None and not self.spread
+                products.append((scratch(size, "int32") if none else self.products, j * size))
                 self._whole_segment(tile, Segment(j), r, groups, *products[j], t, fresh)
+        if self.spread:
+            self.spread.end(self.block.number, self.rows.first_row, r)
+            return
         # One body for all rows keeps the code small where epilogues are long.
-        loop(tile.rows, lambda i: self.finish.row(tile, products, scaled, i, r + i, T.bind(groups[i])))
+        loop(tile.rows, partial(self.finish.row, self._summed(tile, products, scaled, groups, r)))
 
-    def _scale_groups(self, tile: Tile, r: Any, groups: Buffer, scaled: Buffer, t: Any, fresh: Any) -> None:
+    def _scale_groups(self, tile: Tile, r: Any, groups: Group, scaled: Buffer, t: Any, fresh: Any) -> None:
         """Sum the bias and the scaled products of all segments into `scaled`, in order.
 
         Its shape is [tile.rows, vectors, lanes], in float32.
@@ -264,7 +298,7 @@ class Kernel:
             with T.unroll(0, tile.rows) as i:
                 rows = None
                 if not p.dynamic:
-                    rows = T.bind(self.b["act_scale"][self.s.entry(j, self.rows.first_row + r + i, groups[i])])
+                    rows = T.bind(self.b["act_scale"][self.s.entry(j, self.rows.first_row + r + i, groups(i))])
                 with T.unroll(0, tile.vectors) as v:
                     at = j.index * w.outputs + self.block.number * w.block + v * lanes
                     own = self.b["weight_scale"][span(at, lanes)]
@@ -287,32 +321,34 @@ class Kernel:
             first = self.isa.product(first, T.bind(self.isa.unsigned_excess - zero), 127 * taps)
         return self.isa.unfolded(first)
 
-    def _start(self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, at: Any) -> None:
+    def _start(self, tile: Tile, j: Segment, r: Any, groups: Group, product: Buffer, at: Any) -> None:
         """product[at ..] = the first values of the accumulators of a tile."""
         with T.unroll(0, tile.rows) as i, T.unroll(0, tile.vectors) as v:
-            first = self._start_value(j, self.rows.first_row + r + i, groups[i], v)
+            first = self._start_value(j, self.rows.first_row + r + i, groups(i), v)
             store(product, first, span(at + (i * tile.vectors + v) * self.isa.words, self.isa.words))
 
     def _in_tiles(
-        self, tile: Tile, weights: Weights, ahead: tuple[Index, int, Index]
+        self, tile: Tile, j: Segment, weights: Weights, ahead: tuple[Index, int, Index]
     ) -> TileAccumulation | OuterAccumulation:
         """The sums of a tile of rows and the block, by what the CPU has."""
         if self.isa.engine == AMX:
-            return TileAccumulation(self.s, self.rows, self.block, tile, weights, ahead)
+            before = self.spread.before(j.first) if self.spread else None
+            beside = self.spread.step if self.spread and j.first == 0 else None
+            return TileAccumulation(self.s, self.rows, self.block, tile, weights, ahead, before, beside)
         return OuterAccumulation(self.s, self.rows, self.block, tile, weights, ahead, self.functions)
 
     def _whole_segment(
-        self, tile: Tile, j: Segment, r: Any, groups: Buffer, product: Buffer, to: Any, t: Any, fresh: Any
+        self, tile: Tile, j: Segment, r: Any, groups: Group, product: Buffer, to: Any, t: Any, fresh: Any
     ) -> None:
         """product[to ..] = segment j of tile t of the chunk."""
         p, w, begin = self.p, self.w, j.before(self.w.segment_steps)
         ahead = self.block.ahead(begin, self.w.segment_steps[j.first], t)
         weights = self.block.weights(begin, None if t is None else begin, fresh)
         if self.isa.depth:
-            tiles = self._in_tiles(tile, weights, ahead)
+            tiles = self._in_tiles(tile, j, weights, ahead)
             if p.late_zeros:
                 tiles.begin(j, r, None)
-            elif p.groups == 1 and not p.dynamic:
+            elif not self._starts_differ:
                 tiles.begin(j, r, (self.b["start"], T.bind(j.index * w.outputs + self.block.channel(0)), 0))
             else:
                 self._start(tile, j, r, groups, product, to)
@@ -323,7 +359,7 @@ class Kernel:
 
         def initial(i: Any, v: Any) -> Expr:
             """The first value of a sum."""
-            return self._start_value(j, self.rows.first_row + r + i, groups[i], v)
+            return self._start_value(j, self.rows.first_row + r + i, groups(i), v)
 
         sums = Accumulation(self.s, self.rows, self.block, tile, weights, ahead)
         sums.begin(j, r, 0, initial)

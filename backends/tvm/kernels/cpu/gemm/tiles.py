@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, scratch, store
 from mpq_compiler.backends.tvm.kernels.cpu import amx
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.in_tiles import InTiles
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs
-from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS
+from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 
 
@@ -20,7 +22,13 @@ class TileAccumulation(InTiles):
     """The sums in tiles of AMX.
 
     Of the eight tiles four hold sums, two the activations of 16 rows each, two the weights of 16 channels each.
+
+    before: where the sums go that tiles hold when these begin; then these stay in tiles; None: they are saved at once
+    beside: step of k -> what the vector units do in it
     """
+
+    before: tuple[Buffer, Index] | None
+    beside: Callable[[Index], None] | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -36,12 +44,10 @@ class TileAccumulation(InTiles):
         for half in range(self.halves):
             store(self.starts, self._row_start(j, r, half), half)
         self.apart = self.rows.apart(j)
-        for half, v in self._cells():
-            if first is None:
-                amx.zero(amx.sums(half, v))
-            else:
-                buffer, at, row = first
-                amx.load(amx.sums(half, v), buffer, at + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)
+        self.first = first
+        if self.before is None:
+            for half, v in self._cells():
+                self._set(half, v)
 
     def add(self, runs: Runs) -> None:
         """Adds all products."""
@@ -61,21 +67,61 @@ class TileAccumulation(InTiles):
 
         Each tile is loaded as late as it can be, so that products need not wait for all.
         """
-        first, lines, apart = self.prefetched
-        with T.unroll(0, self.steps * lines) as line:
-            at = quotient(k * self.steps, self.isa.load_steps) * lines + line
-            self.block.prefetch(first + at * apart)
+        self._prefetch(k)
         weights, begin = self.weights.place(k * self.steps)
         begin = T.bind(begin)
-        for half in range(self.halves):
-            amx.load(amx.LEFT[half], self.rows.units, T.bind(self.starts[half] + offset), self.apart)
-            for v in range(self.tile.vectors):
-                if half == 0:
-                    amx.load(amx.RIGHT[v], weights, begin + v * self.isa.vector, self.tile.vectors * self.isa.vector)
-                amx.dot(amx.sums(half, v), amx.LEFT[half], amx.RIGHT[v])
+
+        def products(first: bool) -> None:
+            """All products of the step. In the first one those of a tile need not wait for other tiles."""
+            for half in range(self.halves):
+                amx.load(amx.LEFT[half], self.rows.units, T.bind(self.starts[half] + offset), self.apart)
+                for v in range(self.tile.vectors):
+                    if half == 0:
+                        apart = self.tile.vectors * self.isa.vector
+                        amx.load(amx.RIGHT[v], weights, begin + v * self.isa.vector, apart)
+                    if first:
+                        _save(half, v, self.tile, *self.before)
+                        self._set(half, v)
+                    amx.dot(amx.sums(half, v), amx.LEFT[half], amx.RIGHT[v])
+
+        when(self.before is not None and k == 0, partial(products, True), partial(products, False))
+        if self.beside:
+            self.beside(k)
+
+    def _set(self, half: int, v: int) -> None:
+        """Sets a tile of sums to its first values."""
+        if self.first is None:
+            amx.zero(amx.sums(half, v))
+        else:
+            buffer, at, row = self.first
+            amx.load(amx.sums(half, v), buffer, at + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)
+
+    def _prefetch(self, k: Index) -> None:
+        """Asks for weights of the next block, unless tiles before have asked for all."""
+        first, lines, apart = self.prefetched
+
+        def ask() -> None:
+            """Asks for this step's share."""
+            with T.unroll(0, self.steps * lines) as line:
+                at = quotient(k * self.steps, self.isa.load_steps) * lines + line
+                self.block.prefetch(first + at * apart)
+
+        when(isinstance(apart, int) or apart > 0, ask)
 
     def end(self, product: Buffer, to: Index) -> None:
-        """product[to ..] = the sums, int32 [tile.rows, tile.vectors, lanes]."""
-        row = self.tile.vectors * self.isa.lanes
-        for half, v in self._cells():
-            amx.save(amx.sums(half, v), product, to + half * TILE_ROWS * row + v * self.isa.lanes, 4 * row)
+        """product[to ..] = the sums, int32 [tile.rows, tile.vectors, lanes], unless they stay."""
+        if self.before is None:
+            save_sums(self.tile, product, to)
+
+
+def save_sums(tile: Tile, product: Buffer, to: Index) -> None:
+    """product[to ..] = the sums in all tiles, int32 [tile.rows, tile.vectors, 16]."""
+    for half in range(tile.rows // TILE_ROWS):
+        for v in range(tile.vectors):
+            _save(half, v, tile, product, to)
+
+
+def _save(half: int, v: int, tile: Tile, product: Buffer, to: Index) -> None:
+    """The same of one tile."""
+    row = tile.vectors * TILE_ROWS
+    amx.save(amx.sums(half, v), product, to + half * TILE_ROWS * row + v * TILE_ROWS, 4 * row)

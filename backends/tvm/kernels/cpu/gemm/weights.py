@@ -60,9 +60,9 @@ class Block:
             size = self.w.steps * self.s.tile.vectors * self.isa.vector
             self.panel = team.workspace(size, self.isa.weight)
 
-    def channel(self, v: Any) -> Any:
-        """The first output channel of register v."""
-        return self.number * self.w.block + v * self.isa.lanes
+    def channel(self, v: Any, number: Index | None = None) -> Any:
+        """The first output channel of register v, of this block or of another."""
+        return (self.number if number is None else number) * self.w.block + v * self.isa.lanes
 
     def weights(self, begin: Any, kept: Any, fresh: Any) -> Weights:
         """The weights from step ``begin`` on, which are in the panel from its step ``kept`` on.
