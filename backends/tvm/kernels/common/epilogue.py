@@ -24,16 +24,14 @@ def apply(
 
     value:  float32 expression of L lanes (neighbouring output channels)
     load:   operand index -> float32 expression, of L lanes or scalar (broadcast here)
-    quant:  (scale f32 scalar, zero point i32 scalar) of the sample's time group, where the epilogue
-            quantizes. Either may also have L lanes. Loop-invariant, so LLVM hoists the reciprocal.
+    quant:  where the epilogue quantizes, what `quantizer` gives. Either may also have L lanes.
     """
     count = vmath.lanes(value)
     for step in epilogue.steps:
         if step.op == "quantize":
             if quant is None:
                 raise ValueError("the epilogue quantizes, but no scale and zero point were given")
-            scale, zero_point = quant
-            return vmath.quantize(value, vmath.reciprocal(scale), zero_point, int(step.value or 0))
+            return vmath.quantize(value, *quant, int(step.value or 0))
         if step.op in vmath.UNARY:
             value = vmath.UNARY[step.op](value)
         else:
@@ -50,7 +48,7 @@ class Finish:
     buffers: Buffers
 
     def quantizer(self, sample: Any) -> tuple[Expr, Expr] | None:
-        """Scale and zero point of a sample, bound to variables; None where nothing quantizes."""
+        """The `quantizer` of a sample; None where nothing quantizes."""
         return quantizer(self.buffers, sample) if self.epilogue.bits is not None else None
 
     def __call__(
@@ -73,6 +71,6 @@ class Finish:
 
 
 def quantizer(buffers: Buffers, sample: Any) -> tuple[Expr, Expr]:
-    """Scale and zero point of a sample's time group, bound to variables."""
+    """What values of a sample are multiplied by, f32, and the zero point, i32, bound to variables."""
     group = T.bind(T.cast(buffers["group"][sample], "int32"))
-    return T.bind(buffers["qscale"][group]), T.bind(buffers["qzero"][group])
+    return T.bind(vmath.reciprocal(buffers["qscale"][group])), T.bind(buffers["qzero"][group])

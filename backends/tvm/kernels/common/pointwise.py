@@ -28,7 +28,7 @@ def evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int, partn
     for step in program.steps:
         args = [value_of(ref) for ref in step.args]
         if step.op == "quantize":
-            return vmath.quantize(args[0], vmath.reciprocal(quant[0]), quant[1], int(step.value or 0))
+            return vmath.quantize(args[0], *quant, int(step.value or 0))
         if step.op == "cast":
             value = args[0]
         elif step.op == "rotate":

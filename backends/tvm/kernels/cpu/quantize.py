@@ -47,8 +47,7 @@ def _quantize(problem: Quantize, batch: Any, buffers: Buffers) -> None:
     x = T.decl_buffer((batch * size,), "float32", data=buffers["x"].data)
     out = T.decl_buffer((batch * size,), "uint8", data=buffers["out"].data)
     with shares(batch, vectors(size, LANES), size / 16) as (sample, first, end):
-        scale, zero = quantizer(buffers, sample)
-        inverse = T.bind(vmath.reciprocal(scale))
+        inverse, zero = quantizer(buffers, sample)
 
         def vector(start: Any, lanes: int) -> None:
             at = span(sample * size + start, lanes)
@@ -67,8 +66,7 @@ def _quantize_parts(problem: Quantize, batch: Any, buffers: Buffers) -> None:
     }
     out = T.decl_buffer((batch * rows * width,), "uint8", data=buffers["out"].data)
     with shares(batch, rows, rows * width / 8) as (sample, begin, end):
-        scale, zero = quantizer(buffers, sample)
-        inverse = T.bind(vmath.reciprocal(scale))
+        inverse, zero = quantizer(buffers, sample)
         with T.serial(begin, end) as r:
             row, first = T.bind(sample * rows + r), 0
             for name, count in zip(names, problem.parts, strict=True):

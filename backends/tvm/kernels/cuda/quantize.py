@@ -43,8 +43,8 @@ def _quantize(problem: Quantize, batch: Any, buffers: Buffers) -> None:
         x = flat(buffers[f"x{number}" if problem.parts else "x"])
         with each(batch * (size // width * count)) as i:
             row, channel = unravel(i, count)
-            scale, zero = quantizer(buffers, tirx.truncdiv(row, size // width))
-            code = vmath.quantize(x[i], vmath.reciprocal(scale), zero, problem.bits)
+            quant = quantizer(buffers, tirx.truncdiv(row, size // width))
+            code = vmath.quantize(x[i], *quant, problem.bits)
             store(out, code, row * width + (first + channel))
         first += count
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -46,6 +46,24 @@ class Summed:
     r: Index
 
 
+@dataclass(frozen=True)
+class OfRow:
+    """Scales and, with offsets, the sums of zero points of a row, for each segment; what its results are quantized by."""
+
+    scales: list[Expr]
+    zeros: list[Expr]
+    quant: tuple[Expr, Expr] | None
+
+
+@dataclass(frozen=True)
+class OfChannels:
+    """Bias of a register of channels; for each segment what its sums, and those of its activations, are multiplied by."""
+
+    bias: Expr
+    factors: list[Expr]
+    offsets: list[Expr]
+
+
 class Finish:
     """Makes results of the sums of a tile."""
 
@@ -54,42 +72,51 @@ class Finish:
         self.rows, self.block = rows, block
         self.epilogue = self.p.epilogue or Epilogue()
 
-    def row(self, summed: Summed, i: Index) -> None:
-        """Scales, bias (where nothing is ``scaled`` yet), offsets, epilogue and store of row i of a tile."""
+    def of_tile(self, summed: Summed) -> Callable[[Index], None]:
+        """What makes results of a row of the tile, by its number. What all rows have in common is read now."""
+        p = self.p
+        if p.groups > 1 or p.dynamic:
+            return partial(self.row, summed)
+        own, found = self._of_row(summed, 0, 0), []
+        for v in range(summed.tile.vectors):
+            of = self._of_channels(summed, v, own)
+            found.append(OfChannels(T.bind(of.bias), [*map(T.bind, of.factors)], [*map(T.bind, of.offsets)]))
+        return partial(self.row, summed, own=own, of=found)
+
+    def row(
+        self, summed: Summed, i: Index, own: OfRow | None = None, of: Sequence[OfChannels] | None = None
+    ) -> None:
+        """Scales, bias (where nothing is ``scaled`` yet), offsets, epilogue and store of row i of a tile.
+
+        own, of: what is known of the row, and of each register of channels
+        """
         p, w, lanes = self.p, self.w, self.isa.lanes
         tile, products, scaled = summed.tile, summed.products, summed.scaled
-        r, group = summed.r + i, summed.group(i)
+        r = summed.r + i
         m = T.bind(summed.first + r)
-        scales = []
-        if products or p.has_offset or p.dynamic:
-            scales = [T.bind(self.b["act_scale"][self.s.entry(Segment(j), m, group)]) for j in range(len(p.segments))]
+        own = own or self._of_row(summed, m, summed.group(i))
         minus_zero = T.bind(0.0 - T.cast(self.b["act_zero"][m], "float32")) if self.p.late_zeros else None
-        sums = []
-        if p.has_offset:
-            for j in range(len(p.segments)):
-                total = self.rows.sums[j * self.s.most_rows + r] - self.rows.zeros_of(Segment(j), m, group)
-                sums.append(T.bind(T.cast(total, "float32")))
-        quant = None
-        if self.epilogue.bits is not None:
-            quant = (T.bind(self.b["qscale"][group]), T.bind(self.b["qzero"][group]))
+        sums = [
+            T.bind(T.cast(self.rows.sums[j * self.s.most_rows + r] - zeros, "float32"))
+            for j, zeros in enumerate(own.zeros)
+        ]
 
         def vector(v: int, live: int) -> None:
             """Registers v of the block; its first `live` lanes are channels of the output."""
             n = T.bind(self.block.channel(v, summed.block))
-            y = self.b["bias"][span(n, lanes)] if p.has_bias else vmath.f32(0.0, lanes)
+            channels = of[v] if of else self._of_channels(summed, v, own)
+            y = channels.bias
             if scaled is not None:
                 total = scaled[span((i * tile.vectors + v) * lanes, lanes)]
                 if self.p.late_zeros:
                     centred = vmath.fma(vmath.splat(minus_zero, lanes), self.b["sums"][span(n, lanes)], total)
-                    total = vmath.fma(vmath.splat(scales[0], lanes), centred, y)
+                    total = vmath.fma(vmath.splat(own.scales[0], lanes), centred, y)
                 y = total
-            for j, (product, at) in enumerate(products):
-                scale = self.b["weight_scale"][span(n + j * w.outputs, lanes)]
+            for (product, at), factor in zip(products, channels.factors, strict=True):
                 total = self.isa.folded(product[span(at + (i * tile.vectors + v) * self.isa.words, self.isa.words)])
                 total = tirx.Cast(f"float32x{lanes}", total)
-                y = vmath.fma(total, vmath.mul(vmath.splat(scales[j], lanes), scale), y)
-            for j, total in enumerate(sums):
-                factor = vmath.mul(vmath.splat(scales[j], lanes), self.b["offset"][span(n, lanes)])
+                y = vmath.fma(total, factor, y)
+            for total, factor in zip(sums, channels.offsets, strict=True):
                 y = vmath.fma(vmath.splat(total, lanes), factor, y)
             mask = None
             if live < lanes:
@@ -111,7 +138,7 @@ class Finish:
                 y = vmath.keep(apply(replace(self.epilogue, steps=steps[:-1], keeps=False), y, load))
                 self._store_live(self.b["full"], y, at, live)
                 steps = steps[-1:]
-            y = apply(replace(self.epilogue, steps=steps, keeps=False), y, load, quant)
+            y = apply(replace(self.epilogue, steps=steps, keeps=False), y, load, own.quant)
             if p.into is not None:
                 size, offset, row = p.into
                 sample = T.bind(quotient(m, p.rows))
@@ -131,6 +158,28 @@ class Finish:
                 when(inner, partial(vector, v, lanes), partial(vector, v, live))
             else:
                 when(inner, partial(vector, v, lanes))
+
+    def _of_row(self, summed: Summed, m: Index, group: Index) -> OfRow:
+        """What row m, of a time group, has of its own."""
+        segments = [Segment(j) for j in range(len(self.p.segments))]
+        scales, zeros, quant = [], [], None
+        if summed.products or self.p.has_offset or self.p.dynamic:
+            scales = [T.bind(self.b["act_scale"][self.s.entry(j, m, group)]) for j in segments]
+        if self.p.has_offset:
+            zeros = [self.rows.zeros_of(j, m, group) for j in segments]
+        if self.epilogue.bits is not None:
+            quant = T.bind(vmath.reciprocal(self.b["qscale"][group])), T.bind(self.b["qzero"][group])
+        return OfRow(scales, zeros, quant)
+
+    def _of_channels(self, summed: Summed, v: int, row: OfRow) -> OfChannels:
+        """What register v of channels has, for a row."""
+        lanes, n = self.isa.lanes, self.block.channel(v, summed.block)
+        bias = self.b["bias"][span(n, lanes)] if self.p.has_bias else vmath.f32(0.0, lanes)
+        weights = [self.b["weight_scale"][span(n + j * self.w.outputs, lanes)] for j in range(len(summed.products))]
+        factors = [vmath.mul(vmath.splat(a, lanes), b) for a, b in zip(row.scales, weights, strict=False)]
+        of_sums = row.scales if self.p.has_offset else []
+        offsets = [vmath.mul(vmath.splat(a, lanes), self.b["offset"][span(n, lanes)]) for a in of_sums]
+        return OfChannels(bias, factors, offsets)
 
     def _store_live(self, out: Buffer, value: Expr, at: Any, live: int) -> None:
         """Stores the first `live` lanes of `value`.

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from mpq_compiler.backends.tvm.kernels.common.template import Index
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import quotient
-from mpq_compiler.backends.tvm.kernels.cpu.isa import SME, TILE_ROWS, Isa
+from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, SME, TILE_ROWS, Isa
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul
 
 PANEL_BYTES = 256 * 1024
 """Gathered activations of a chunk, about: a quarter to a half of the L2 cache of a core."""
+WIDE_PANEL_BYTES = 768 * 1024
+"""The same where the CPU has AMX: all of those have 2 MiB of it."""
 MOST_ROWS, LEAST_ROWS = 512, 96
 """Rows of a chunk, where there are that many: enough to make up for unpacking the weights."""
 SLICE_BYTES = 24 * 1024
@@ -86,19 +88,20 @@ class Schedule:
     def _size_chunks(self) -> None:
         """Sets most_rows, least_rows, pixels, parts and, for images, samples and bands of a chunk."""
         p = self.p
+        panel = WIDE_PANEL_BYTES if self.isa.depth and self.isa.engine == AMX else PANEL_BYTES
         pixel = sum(self.w.channels) * (2 if self.isa.activation == "int16" else self.copies)
         if p.pointwise:
-            rows = max(min(PANEL_BYTES // pixel, MOST_ROWS), LEAST_ROWS)
+            rows = max(min(panel // pixel, MOST_ROWS), LEAST_ROWS)
             self.most_rows = self.pixels = rows // self.tile.rows * self.tile.rows
             self.least_rows = p.rows  # or more than a tile has
             chunks = -(-p.rows // self.most_rows)
         else:
             self._size_bands(p.out_height)
             image = self.sample_pixels * pixel
-            self.samples = max(1, min(PANEL_BYTES // image, -(-MOST_ROWS // p.rows)))
+            self.samples = max(1, min(panel // image, -(-MOST_ROWS // p.rows)))
             if self.shifted and p.rows % TILE_ROWS:  # no tile's rows are of two samples
                 self.samples = 1
-            bands = min(-(-image // PANEL_BYTES), max(1, p.rows // LEAST_ROWS), p.out_height)
+            bands = min(-(-image // panel), max(1, p.rows // LEAST_ROWS), p.out_height)
             self._size_bands(-(-p.out_height // bands))
             if self.isa.depth and self.least_rows < self.tile.rows:
                 self._size_bands(p.out_height)

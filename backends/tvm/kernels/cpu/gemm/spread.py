@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -51,6 +49,7 @@ class Spread:
         """Reads what waits: then a tile may be multiplied."""
         block, first, row = (T.bind(self.cells[cell]) for cell in (BLOCK, FIRST, ROW))
         self.waits = block >= 0
+        block = T.max(block, 0)  # channels of which are read even where none waits
         products = [(self.products, j * self.size) for j in range(self.segments)]
 
         def group(i: Index) -> Index:
@@ -59,7 +58,7 @@ class Spread:
                 return 0
             return T.bind(T.cast(self.finish.b["group"][quotient(first + row + i, self.s.p.rows)], "int32"))
 
-        self.waiting = Summed(self.tile, products, None, group, block, first, row)
+        self.row = self.finish.of_tile(Summed(self.tile, products, None, group, block, first, row))
 
     def step(self, k: Index) -> None:
         """Finishes the rows whose turn it is at step k of the first segment of the next tile."""
@@ -68,10 +67,10 @@ class Spread:
         def rows() -> None:
             """Those, or as many as there are."""
             if self.each == 1:
-                self.finish.row(self.waiting, first)
+                self.row(first)
                 return
             with T.serial(0, T.min(self.each, self.tile.rows - first)) as i:
-                self.finish.row(self.waiting, first + i)
+                self.row(first + i)
 
         when(tirx.all(self.waits, first < self.tile.rows), rows)
 
@@ -87,7 +86,7 @@ class Spread:
         def rows() -> None:
             """All of the tile."""
             save_sums(self.tile, *self.before(0))
-            loop(self.tile.rows, partial(self.finish.row, self.waiting))
+            loop(self.tile.rows, self.row)
             store(self.cells, T.int32(-1), BLOCK)
 
         when(self.waits, rows)

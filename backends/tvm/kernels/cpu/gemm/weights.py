@@ -14,6 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, Shared, span, store
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import opaque, quotient
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
+from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX
 
 FEW_AHEAD = 8 * 1024
 """Bytes of weights that are prefetched ahead of their use where rows are fewer than a tile's."""
@@ -130,8 +131,11 @@ class Block:
         return T.bind(here + asks * t * size), lines, opaque(asks * 64)
 
     def prefetch(self, at: Index) -> None:
-        """Asks for the cache line of the stored weights that begins at a byte; it may lie behind the last."""
-        prefetch(self.b["tiles"], at)
+        """Asks for the cache line of the stored weights that begins at a byte; it may lie behind the last.
+
+        The first cache of a CPU with tiles is full of what they are loaded from: the second one holds it.
+        """
+        prefetch(self.b["tiles"], at, 2 if self.isa.depth and self.isa.engine == AMX else 1)
 
     def _table(self, v: int) -> Expr | None:
         """The look-up table of register v of the block."""
@@ -157,8 +161,7 @@ class Block:
         return tirx.reinterpret(f"uint8x{size}", field(0, d * bits, bits))
 
 
-def prefetch(buffer: Buffer, at: Index) -> None:
-    """Asks for the cache line that begins at an element."""
-    T.evaluate(
-        tirx.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[at]), T.int32(0), T.int32(3), T.int32(1))
-    )
+def prefetch(buffer: Buffer, at: Index, level: int = 1) -> None:
+    """Asks for the cache line that begins at an element, in the cache of that level."""
+    locality = T.int32(4 - level)
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[at]), T.int32(0), locality, T.int32(1)))
