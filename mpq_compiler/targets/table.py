@@ -169,7 +169,6 @@ TARGETS: dict[str, Target] = {
             *("x86-64-amx", "amx", "x86-64-v4", ["+avx512vnni", "+amx-tile", "+amx-int8", "+amx-bf16"]),
             (*_X86_64_V4, "avx512_vnni", "amx_tile", "amx_int8", "amx_bf16"),
             numerics=(BF16, INT8),
-            status="run on emulated tiles, never on silicon",
         ),
         _arm("aarch64-neon", "neon", "cortex-a53", ["+neon", "-crc"], _ARMV8),
         _arm("aarch64-dotprod", "dotprod", "cortex-a55", ["+neon", "+dotprod"], _ARMV8_2, (INT8,)),
@@ -189,9 +188,9 @@ TARGETS: dict[str, Target] = {
     )
 }
 
-# What `native` means, best first. Not yet with tiles, whose kernels no CPU that has them has run: VNNI's run there.
+# What `native` means, best first. Not yet with outer products, whose kernels no CPU that has them has run.
 _NATIVE = (
-    *("x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx2"),
+    *("x86-64-amx", "x86-64-avx512vnni", "x86-64-avxvnni", "x86-64-avx512", "x86-64-avx2"),
     *("aarch64-i8mm", "aarch64-dotprod", "aarch64-neon"),
 )
 

@@ -33,6 +33,7 @@ LINEAR = [
     QuantMatmul.linear((600,), 640, 40, bits=4, classes=3, has_bias=False),
     QuantMatmul.linear((40,), 192, 48, segments=(64, 128), groups=2, has_offset=True),
     QuantMatmul.linear((40,), 120, 48, segments=(60, 60), bits=3),
+    QuantMatmul.linear((1100,), 64, 72, groups=2, has_offset=True),
 ]
 """One and two tiles of rows, rows and outputs behind the last, several chunks; channels that are padded; segments."""
 
@@ -48,6 +49,7 @@ IMAGES = [
     QuantMatmul(11, 10, 64, 24, stride=(2, 1)),
     QuantMatmul(61, 18, 192, 24, **PADDED, groups=2),
     QuantMatmul(37, 64, 128, 24, **PADDED, bits=4),
+    QuantMatmul(20, 32, 1280, 16, **PADDED, groups=2, has_offset=True),
 ]
 """Tiles within lines and over several, samples of whole tiles and not, strides, taps that see nothing, bands."""
 

@@ -21,7 +21,9 @@ Modules, in the order of the data (docs/kernels.md says why it is built so):
     gather.py       the activations of a chunk (sums.py: their sums, for weights with offsets)
     weights.py      the weights of a block of output channels
     accumulate.py   dot products of a tile of rows and a block
+    tiles.py        the same on tiles of AMX (outer.py: of SME; in_tiles.py: what both have in common)
     finish.py       scales, bias, epilogue, stores
+    spread.py       the tile that is finished while the next one is multiplied
     kernel.py       the loops over all of that (control.py: control flow of emitted code)
 """
 
