@@ -343,7 +343,7 @@ class Kernel:
         """product[to ..] = segment j of tile t of the chunk."""
         p, w, begin = self.p, self.w, j.before(self.w.segment_steps)
         ahead = self.block.ahead(begin, self.w.segment_steps[j.first], t)
-        weights = self.block.weights(begin, None if t is None else begin, fresh)
+        weights = self.block.weights(begin, None if t is None else begin, False if self.s.ring else fresh)
         if self.isa.depth:
             tiles = self._in_tiles(tile, j, weights, ahead)
             if p.late_zeros:

@@ -21,6 +21,10 @@ SLICE_BYTES = 24 * 1024
 """Weights of a slice, with room for activations and sums beside them in an L1 cache of 32 KiB or more."""
 SLICED_ROWS = 36
 """Up to so many rows weights are read slice by slice."""
+RING_STEPS, NEAR_PANEL_BYTES = 4, 32 * 1024
+"""Steps of tiles whose weights are unpacked where each tile of rows unpacks its own: where one is all that there is, or
+two would read a panel that fills the first cache twice.
+"""
 PIECES = 16
 """Pieces of work, at least, where there are so many tiles: then threads get equal parts, nearly."""
 
@@ -60,6 +64,8 @@ class Schedule:
     slices:      how many a run of k is cut into, for each segment; none where all of k is one
     most_tiles, usual_tiles: of a chunk
     aligned:     steps that share bytes are always neighbours in a run
+    ring:        steps of registers that the panel of unpacked weights has, which are used again and again; 0 where it
+                 has all of a block
     """
 
     def __init__(self, problem: QuantMatmul, isa: Isa) -> None:
@@ -84,6 +90,11 @@ class Schedule:
         self.shifted = bool(isa.depth) and not problem.pointwise and not near
         self._size_chunks()
         self._size_slices()
+        self.ring = 0
+        panel = self.w.steps * self.tile.vectors * self.isa.vector
+        few = self.usual_tiles == 1 or (self.usual_tiles == 2 and panel > NEAR_PANEL_BYTES)
+        if self.isa.depth and self.isa.engine == AMX and self.unpacks and few:
+            self.ring = RING_STEPS * self.isa.depth // self.isa.kpack
 
     def _size_chunks(self) -> None:
         """Sets most_rows, least_rows, pixels, parts and, for images, samples and bands of a chunk."""

@@ -51,8 +51,12 @@ class TileAccumulation(InTiles):
 
     def add(self, runs: Runs) -> None:
         """Adds all products."""
-        self._unpack(runs)
         steps = runs.steps // self.steps
+        self.total = runs.count * steps
+        if self.s.ring:
+            self._unpack_step(0)
+        else:
+            self._unpack(runs)
 
         def run(tap: Index) -> None:
             """One run, whose activations are neighbours."""
@@ -85,8 +89,14 @@ class TileAccumulation(InTiles):
                     amx.dot(amx.sums(half, v), amx.LEFT[half], amx.RIGHT[v])
 
         when(self.before is not None and k == 0, partial(products, True), partial(products, False))
+        if self.s.ring:
+            when(k + 1 < self.total, partial(self._unpack_step, k + 1))
         if self.beside:
             self.beside(k)
+
+    def _unpack_step(self, k: Index) -> None:
+        """Unpacks the weights of step k, which the next tiles are loaded from."""
+        self.weights.unpack(self.steps, self.tile.vectors, self.s.w.pack, k * self.steps)
 
     def _set(self, half: int, v: int) -> None:
         """Sets a tile of sums to its first values."""

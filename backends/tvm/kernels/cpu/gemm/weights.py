@@ -40,12 +40,13 @@ class Weights:
     keep: Callable[[Expr, Any, int], None]
     place: Callable[[Index], tuple[Buffer, Index]]
 
-    def unpack(self, steps: int, vectors: int, pack: int) -> None:
-        """Unpacks all weights before the first is used; ``pack`` steps share bytes."""
+    def unpack(self, steps: int, vectors: int, pack: int, begin: Index = 0) -> None:
+        """Unpacks some steps of the weights, all before the first is used; ``pack`` steps share bytes."""
         together = pack if self.by_packs else 1
         with T.serial(0, steps // together) as n:
             for d, v in itertools.product(range(together), range(vectors)):
-                self.keep(self.decoded(n * together, d, v), n * together + d, v)
+                k = begin + n * together
+                self.keep(self.decoded(k, d, v), k + d, v)
 
 
 class Block:
@@ -58,7 +59,7 @@ class Block:
     def allocate(self, team: Shared) -> None:
         """The working memory of a thread: the panel of unpacked weights."""
         if self.s.unpacks:
-            size = self.w.steps * self.s.tile.vectors * self.isa.vector
+            size = (self.s.ring or self.w.steps) * self.s.tile.vectors * self.isa.vector
             self.panel = team.workspace(size, self.isa.weight)
 
     def channel(self, v: Any, number: Index | None = None) -> Any:
@@ -90,10 +91,15 @@ class Block:
             weights = codes if table is None else isa.look_up(table, codes)
             return weights if isa.weight == "int8" else tirx.Cast(f"{isa.weight}x{size}", weights)
 
+        def kept_at(k: Index) -> Index:
+            """Where step k is in the panel."""
+            step = tirx.truncmod(k, self.s.ring) if self.s.ring else kept + k
+            return step * vectors * size
+
         def place(k: Index) -> tuple[Buffer, Index]:
             """The panel and where step k is in it, or where weights are stored as they are used."""
             if self.s.unpacks:
-                return self.panel, (kept + k) * vectors * size
+                return self.panel, kept_at(k)
             return self.b["tiles"], (begin + self.number * w.steps + k) * vectors * (size * self.p.bits // 8)
 
         def ready(k: Any, v: Any) -> Expr:
@@ -104,7 +110,7 @@ class Block:
         def keep(weights: Expr, k: Any, v: int) -> None:
             """Stores register v of step k in the panel."""
             if kept is not None:
-                store(self.panel, weights, span(((kept + k) * vectors + v) * size, size))
+                store(self.panel, weights, span(kept_at(k) + v * size, size))
 
         return Weights(fresh, first, by_packs, decoded, ready, keep, place)
 
