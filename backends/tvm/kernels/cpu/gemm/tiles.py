@@ -10,7 +10,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, scratch, store
 from mpq_compiler.backends.tvm.kernels.cpu import amx
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient, when
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.in_tiles import InTiles
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs
 from mpq_compiler.backends.tvm.kernels.cpu.isa import TILE_ROWS, Tile
@@ -112,9 +112,8 @@ class TileAccumulation(InTiles):
 
         def ask() -> None:
             """Asks for this step's share."""
-            with T.unroll(0, self.steps * lines) as line:
-                at = quotient(k * self.steps, self.isa.load_steps) * lines + line
-                self.block.prefetch(first + at * apart)
+            with T.unroll(0, lines) as line:
+                self.block.prefetch(first + (k * lines + line) * apart)
 
         when(isinstance(apart, int) or apart > 0, ask)
 

@@ -117,12 +117,14 @@ class Block:
     def ahead(self, begin: Any, steps: int, t: Any) -> tuple[Any, int, Any]:
         """(where tile t of rows finds weights to prefetch in steps [begin, begin + steps), lines, bytes between them).
 
-        So many lines are asked for in each `Isa.load_steps` steps.
+        So many lines are asked for in each `Isa.load_steps` steps, or in each of tiles.
 
         All tiles together ask for the weights behind those steps, one tile after another; who comes when all are
         asked for stays at one line. Few rows (t is None) have no time for that much, and ask for what they need soon.
         """
         w, together = self.w, self.isa.load_steps
+        if self.isa.depth and self.isa.engine == AMX:
+            together = self.isa.depth // self.isa.kpack
         bytes_ = w.pack_bytes * self.s.tile.vectors
         needed = -(-bytes_ * together // (w.pack * 64))
         if t is None:
