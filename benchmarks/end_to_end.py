@@ -48,7 +48,6 @@ OURS = {
     "w8a8": ("int8", "portable", "native"),
     "w8a8-fast": ("int8", "fast", "native"),
     "w4a8": ("int4", "portable", "native"),
-    "w4a8-fast": ("int4", "fast", "native"),
     "w8a8-registers": ("int8", "portable", REGISTERS),
 }
 """Artifacts by name: format of all weights, numerics, target. The first is the one that peers are held against."""
