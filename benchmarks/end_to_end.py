@@ -5,7 +5,7 @@
 
 The peers run the same model in f32, in bfloat16 and in 8 bits, quantized as their users would
 (`bench/baselines.py`); we run it with 8-bit weights, with 4-bit weights, and with `--numerics fast`. Everybody is
-calibrated on 32 inputs. Where the CPU has tiles (AMX), which `native` takes, kernels without them are a further artifact.
+calibrated on 32 inputs. Where the CPU has tiles (AMX), which `native` takes, an artifact without them is measured too.
 The large models have random weights: their SQNR ranks arithmetic and says nothing of images.
 In each run all take turns; a ratio is the median over the runs of the median ratio within rounds, by CPU time, which
 leaves out what others do.

@@ -14,7 +14,8 @@ binary branch (`int2+b`), folded, and offsets. Rows against MatMulNBits, which q
 Cold matrix-vector products take each call other weights out of several times what the last-level cache holds; their
 share is of the speed at which a loop of loads reads as many bytes. Of K-groups with one row, whose weights do not fit
 the first caches, `read` is how fast they are against such a loop: no kernel can be faster than it. With tiles (AMX) the
-peak is theirs, and goals are times that our kernels for AVX512-VNNI take, the same problems and formats.
+peak is theirs, and goals are times that our kernels for AVX512-VNNI take, the same problems and formats. Rounds
+in which the peak was not reached by a fifth are left out: the other thread of the core was at work.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ REGISTERS = "x86-64-avx512vnni"
 """What tiles are held against."""
 TILES_LINEAR, TILES_CONV, TILES_AS_W8 = 3.3, 5.0, 0.9
 """How many times as long registers take, for 64 rows and more; and 8 bits, of 4, 3 and 2 bits, from 256 on."""
+QUIET, LEAST_ROUNDS = 0.8, 3
+"""The share of the best pace at which a round counts, and how many rounds have to be left."""
 READ = "read"
 """The contestant that reads memory and does nothing else."""
 
@@ -293,9 +296,21 @@ def cold(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Grou
 # --- figures ------------------------------------------------------------------------------------------------
 
 
+def quiet(group: Group, times: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """The times of rounds in which the pace was set at `QUIET` of its best at least; of all where those are few.
+
+    The other thread of a core halves what tiles multiply, and registers hardly: whose neighbour is busy measures him.
+    """
+    best = min(times[group.unit])
+    rounds = [i for i, seconds in enumerate(times[group.unit]) if best >= QUIET * seconds]
+    if len(rounds) < LEAST_ROUNDS:
+        return {name: [*of] for name, of in times.items()}
+    return {name: [of[i] for i in rounds] for name, of in times.items()}
+
+
 def figures(group: Group, times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     """For each of ours: microseconds, share of the unit, and times that others take, medians over the rounds."""
-    found = {}
+    found, times = {}, quiet(group, times)
     for name in group.work:
         if name == group.unit:
             continue

@@ -51,7 +51,10 @@ def integer(target: Isa, parts: int = 1) -> Loop:
 
 
 def _tiles(target: Isa, parts: int) -> Loop:
-    """A loop of products of tiles, four sums by two tiles of activations and two of weights, as kernels have them."""
+    """A loop of products of tiles, four sums by two tiles of activations and two of weights, as kernels have them.
+
+    What is multiplied is random: of zeros a Xeon of 2023 multiplies a third more in the same time.
+    """
     cells = [(half, v) for half in range(2) for v in range(2)]
     size = TILE_ROWS * TILE_BYTES
 
@@ -59,19 +62,19 @@ def _tiles(target: Isa, parts: int) -> Loop:
         configuration = scratch(amx.CONFIGURATION, "int32")
         with shares(1, parts, float("inf") if parts > 1 else 0) as (_, begin, end), T.serial(begin, end) as part:
             amx.configure(configuration)
-            y = T.decl_buffer((parts * size,), "uint8", data=buffers["y"].data)
+            y = T.decl_buffer((2 * parts * size,), "uint8", data=buffers["y"].data)
             for t in (*amx.LEFT, *amx.RIGHT):
                 amx.load(t, y, part * size, TILE_BYTES)
             with T.serial(0, ROUNDS):
                 for half, v in cells:
                     amx.dot(amx.sums(half, v), amx.LEFT[half], amx.RIGHT[v])
             for half, v in cells:
-                amx.save(amx.sums(half, v), y, part * size, TILE_BYTES)
+                amx.save(amx.sums(half, v), y, (parts + part) * size, TILE_BYTES)
             amx.release()
 
-    loop = primfunc("peak_tiles", [Argument("y", (parts, size), "uint8")], body)
+    loop = primfunc("peak_tiles", [Argument("y", (2, parts, size), "uint8")], body)
     function = tvm.compile(tvm.IRModule({"peak_tiles": loop}), target=target.target())["peak_tiles"]
-    y = tvm.runtime.tensor(np.zeros((parts, size), np.uint8))
+    y = tvm.runtime.tensor(np.random.default_rng(0).integers(0, 256, (2, parts, size), np.uint8))
     return lambda: function(y), ROUNDS * len(cells) * TILE_ROWS * TILE_BYTES * TILE_ROWS * parts
 
 

@@ -75,7 +75,7 @@ EMULATED = f"{TARGET}-emulated"
 
 @pytest.fixture(params=[EMULATED, TARGET, SME])
 def isa(request) -> Iterator[Isa]:
-    """Each ISA with a matrix engine, so that its kernels run here: tiles of AMX on silicon too, where the CPU has them."""
+    """Each ISA with a matrix engine, so that its kernels run here; AMX on silicon too, where the CPU has it."""
     if request.param == EMULATED:
         with emulated() as found:
             yield found
@@ -145,6 +145,21 @@ def test_registers_multiply_where_tiles_do_not_pay(name, others, problem):
     own, registers = WeightLayout(problem, ISAS[name]), WeightLayout(problem, ISAS[others])
     assert not own.isa.depth
     assert (own.tile, own.buffers()) == (registers.tile, registers.buffers())
+
+
+@pytest.mark.parametrize(
+    ("problem", "ring"),
+    [
+        (QuantMatmul(4, 4, 512, 512, **PADDED, bits=4), True),  # one tile of rows
+        (QuantMatmul(8, 8, 256, 256, **PADDED, bits=2), True),  # two, and weights that no first cache holds
+        (QuantMatmul.linear((64,), 640, 640, bits=4), False),
+        (QuantMatmul(16, 16, 256, 256, **PADDED, bits=4), False),
+        (QuantMatmul(4, 4, 512, 512, **PADDED), False),  # codes are used as they are
+    ],
+)
+def test_few_rows_unpack_weights_between_their_products(problem, ring):
+    assert bool(Schedule(problem, ISAS[TARGET]).ring) == ring
+    assert not Schedule(problem, ISAS[SME]).ring
 
 
 def test_no_other_target_has_tiles():

@@ -10,7 +10,9 @@ from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, Ref, Result
 
 
-def evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int, partner: Any = None) -> Expr:
+def evaluate(
+    program: PointwiseProgram, load: Any, quant: tuple[Expr, Expr] | None, lanes: int, partner: Any = None
+) -> Expr:
     """The value of the last step in `lanes` lanes; every input and every step is computed once.
 
     partner: what an input with its sign holds where `rotate` takes it from, for single lanes
@@ -28,6 +30,8 @@ def evaluate(program: PointwiseProgram, load: Any, quant: Any, lanes: int, partn
     for step in program.steps:
         args = [value_of(ref) for ref in step.args]
         if step.op == "quantize":
+            if quant is None:
+                raise ValueError("the program quantizes, but nothing to quantize by was given")
             return vmath.quantize(args[0], *quant, int(step.value or 0))
         if step.op == "cast":
             value = args[0]

@@ -22,7 +22,6 @@ from mpq_compiler.backends.tvm.kernels.cpu.isa import Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
 
-
 Group = Callable[[Index], Index]
 """Number of a row of a tile -> its time group."""
 
@@ -48,7 +47,7 @@ class Summed:
 
 @dataclass(frozen=True)
 class OfRow:
-    """Scales and, with offsets, the sums of zero points of a row, for each segment; what its results are quantized by."""
+    """Scales and, with offsets, sums of zero points of a row, for each segment; what its results are quantized by."""
 
     scales: list[Expr]
     zeros: list[Expr]
@@ -57,7 +56,7 @@ class OfRow:
 
 @dataclass(frozen=True)
 class OfChannels:
-    """Bias of a register of channels; for each segment what its sums, and those of its activations, are multiplied by."""
+    """Bias of a register of channels; for each segment, what its sums and its activations' are multiplied by."""
 
     bias: Expr
     factors: list[Expr]

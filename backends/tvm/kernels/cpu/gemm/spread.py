@@ -6,7 +6,6 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, Shared, store
-from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish, Summed
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule

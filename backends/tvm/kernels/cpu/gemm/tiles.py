@@ -75,20 +75,20 @@ class TileAccumulation(InTiles):
         weights, begin = self.weights.place(k * self.steps)
         begin = T.bind(begin)
 
-        def products(first: bool) -> None:
-            """All products of the step. In the first one those of a tile need not wait for other tiles."""
+        def products(before: tuple[Buffer, Index] | None) -> None:
+            """All products of the step. In the first one those of a tile need not wait for other tiles to be saved."""
             for half in range(self.halves):
                 amx.load(amx.LEFT[half], self.rows.units, T.bind(self.starts[half] + offset), self.apart)
                 for v in range(self.tile.vectors):
                     if half == 0:
                         apart = self.tile.vectors * self.isa.vector
                         amx.load(amx.RIGHT[v], weights, begin + v * self.isa.vector, apart)
-                    if first:
-                        _save(half, v, self.tile, *self.before)
+                    if before:
+                        _save(half, v, self.tile, *before)
                         self._set(half, v)
                     amx.dot(amx.sums(half, v), amx.LEFT[half], amx.RIGHT[v])
 
-        when(self.before is not None and k == 0, partial(products, True), partial(products, False))
+        when(self.before is not None and k == 0, partial(products, self.before), partial(products, None))
         if self.s.ring:
             when(k + 1 < self.total, partial(self._unpack_step, k + 1))
         if self.beside:

@@ -172,4 +172,5 @@ class Block:
 def prefetch(buffer: Buffer, at: Index, level: int = 1) -> None:
     """Asks for the cache line that begins at an element, in the cache of that level."""
     locality = T.int32(4 - level)
-    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", T.address_of(buffer[at]), T.int32(0), locality, T.int32(1)))
+    operands = T.address_of(buffer[at]), T.int32(0), locality, T.int32(1)
+    T.evaluate(tirx.call_llvm_intrin("void", "llvm.prefetch", *operands))
