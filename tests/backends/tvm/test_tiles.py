@@ -5,6 +5,8 @@ Tiles of AMX are functions of C and, where the CPU has them, its own; those of S
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -189,6 +191,45 @@ def test_the_peak_is_that_of_products(monkeypatch):
             call()
             assert macs == parts * 3 * 4 * 16 * 64 * 16
     assert seen.count("tdpbusd") == 2 * 4
+
+
+OTHERS = """
+import os, threading
+from mpq_compiler.targets.table import TARGETS, require_runnable
+from tests.harness.integer_kernels import ISAS, Kernels, assert_same_bits
+from tests.harness.shapes import make_case, reference, seed
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+
+case = make_case(QuantMatmul.linear((32,), 64, 32), 1, seed("others"))
+asked, right = threading.Event(), []
+
+def run(wait=None):
+    wait and asked.wait()
+    assert_same_bits(kernels.run([(0, case)])[0], reference(case))
+    right.append(True)
+
+early = threading.Thread(target=run, args=(True,))
+early.start()
+require_runnable(TARGETS["x86-64-amx"])
+kernels = Kernels(ISAS["x86-64-amx"], [case.problem])
+asked.set()
+early.join()
+late = threading.Thread(target=run)
+late.start()
+late.join()
+child = os.fork()
+if not child:
+    run()
+    os._exit(7)
+print(len(right), os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_threads_and_children_have_the_permission_of_the_process():
+    """A thread that was there before the system was asked, one that was not, and a child."""
+    needs(TARGET)
+    done = subprocess.run([sys.executable, "-c", OTHERS], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "7"]
 
 
 def test_a_faulty_instruction_is_noticed(monkeypatch):
