@@ -155,6 +155,11 @@ class Isa:
         tiles = (Tile(1, 8),)  # more rows than hide the latency would not help: every one needs a load for each product
         return replace(self, lanes=lanes, kpack=kpack, split=self.split * split, tiles=tiles, load_steps=1)
 
+    @property
+    def amx(self) -> bool:
+        """Whether tiles of AMX multiply."""
+        return self.engine == AMX and self.depth > 0
+
     def in_tiles(self, rows: int, outputs: int, segments: Sequence[int]) -> Isa:
         """The variant whose tiles multiply, of a problem with so many rows a sample; itself where that does not pay.
 

@@ -37,7 +37,7 @@ from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Runs, Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.spread import Spread
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.tiles import TileAccumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, Weights
-from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, Isa, Tile
+from mpq_compiler.backends.tvm.kernels.cpu.isa import Isa, Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul, calling
@@ -99,7 +99,7 @@ class Kernel:
                 self._multiply(here, piece - block * self.s.parts, block)
             if self.spread:
                 self.spread.flush()
-            if self.isa.depth and self.isa.engine == AMX:
+            if self.isa.amx:
                 amx.release()
 
     def _gather(self, gather: Callable[[], None]) -> None:
@@ -133,7 +133,7 @@ class Kernel:
                 self.products = team.workspace((segments if segments <= FEW_SEGMENTS else 1) * size, "int32")
             if spread.pays(self.s):
                 self.spread = Spread(self.s, team, self.finish)
-            if self.isa.engine == AMX:
+            if self.isa.amx:
                 amx.configure(team.workspace(amx.CONFIGURATION, "int32"))
             else:
                 sme.require_length()
@@ -240,7 +240,7 @@ class Kernel:
         return lambda i: T.bind(groups[i])
 
     def _summed(
-        self, tile: Tile, products: list[tuple[Buffer, Any]], scaled: Buffer | None, groups: Any, r: Any
+        self, tile: Tile, products: list[tuple[Buffer, Any]], scaled: Buffer | None, groups: Group, r: Any
     ) -> Summed:
         """A tile of the block and chunk that are multiplied now."""
         return Summed(tile, products, scaled, groups, self.block.number, self.rows.first_row, r)
@@ -263,8 +263,8 @@ class Kernel:
         else:
             for j in range(segments):
                 # Where LLVM does not see that nothing else writes them: or it keeps them in the registers of the next.
-                none = self.products is None and not self.spread
-                products.append((scratch(size, "int32") if none else self.products, j * size))
+                waits = self.products is not None or self.spread
+                products.append((self.products if waits else scratch(size, "int32"), j * size))
                 self._whole_segment(tile, Segment(j), r, groups, *products[j], t, fresh)
         if self.spread:
             self.spread.end(self.block.number, self.rows.first_row, r)
@@ -331,7 +331,7 @@ class Kernel:
         self, tile: Tile, j: Segment, weights: Weights, ahead: tuple[Index, int, Index]
     ) -> TileAccumulation | OuterAccumulation:
         """The sums of a tile of rows and the block, by what the CPU has."""
-        if self.isa.engine == AMX:
+        if self.isa.amx:
             before = self.spread.before(j.first) if self.spread else None
             beside = self.spread.step if self.spread and j.first == 0 else None
             return TileAccumulation(self.s, self.rows, self.block, tile, weights, ahead, before, beside)

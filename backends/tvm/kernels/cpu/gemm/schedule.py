@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mpq_compiler.backends.tvm.kernels.common.template import Index
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import quotient
-from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, SME, TILE_ROWS, Isa
+from mpq_compiler.backends.tvm.kernels.cpu.isa import SME, TILE_ROWS, Isa
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment, WeightLayout
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul
 
@@ -93,13 +93,13 @@ class Schedule:
         self.ring = 0
         panel = self.w.steps * self.tile.vectors * self.isa.vector
         few = self.usual_tiles == 1 or (self.usual_tiles == 2 and panel > NEAR_PANEL_BYTES)
-        if self.isa.depth and self.isa.engine == AMX and self.unpacks and few:
+        if self.isa.amx and self.unpacks and few:
             self.ring = RING_STEPS * self.isa.depth // self.isa.kpack
 
     def _size_chunks(self) -> None:
         """Sets most_rows, least_rows, pixels, parts and, for images, samples and bands of a chunk."""
         p = self.p
-        panel = WIDE_PANEL_BYTES if self.isa.depth and self.isa.engine == AMX else PANEL_BYTES
+        panel = WIDE_PANEL_BYTES if self.isa.amx else PANEL_BYTES
         pixel = sum(self.w.channels) * (2 if self.isa.activation == "int16" else self.copies)
         if p.pointwise:
             rows = max(min(panel // pixel, MOST_ROWS), LEAST_ROWS)

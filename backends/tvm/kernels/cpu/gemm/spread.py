@@ -10,7 +10,6 @@ from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient, w
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish, Summed
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.tiles import save_sums
-from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS
 
 BLOCK, FIRST, ROW, CELLS = range(4)
@@ -19,7 +18,7 @@ BLOCK, FIRST, ROW, CELLS = range(4)
 
 def pays(schedule: Schedule) -> bool:
     """Whether tiles wait: those of AMX, but for K-groups, whose sums are scaled one by one."""
-    return schedule.isa.depth > 0 and schedule.isa.engine == AMX and len(schedule.p.segments) <= FEW_SEGMENTS
+    return schedule.isa.amx and len(schedule.p.segments) <= FEW_SEGMENTS
 
 
 class Spread:

@@ -14,7 +14,6 @@ from tvm.script.ir_builder import tirx as T
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, Shared, span, store
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import opaque, quotient
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
-from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX
 
 FEW_AHEAD = 8 * 1024
 """Bytes of weights that are prefetched ahead of their use where rows are fewer than a tile's."""
@@ -123,7 +122,7 @@ class Block:
         asked for stays at one line. Few rows (t is None) have no time for that much, and ask for what they need soon.
         """
         w, together = self.w, self.isa.load_steps
-        if self.isa.depth and self.isa.engine == AMX:
+        if self.isa.amx:
             together = self.isa.depth // self.isa.kpack
         bytes_ = w.pack_bytes * self.s.tile.vectors
         needed = -(-bytes_ * together // (w.pack * 64))
@@ -143,7 +142,7 @@ class Block:
 
         The first cache of a CPU with tiles is full of what they are loaded from: the second one holds it.
         """
-        prefetch(self.b["tiles"], at, 2 if self.isa.depth and self.isa.engine == AMX else 1)
+        prefetch(self.b["tiles"], at, 2 if self.isa.amx else 1)
 
     def _table(self, v: int) -> Expr | None:
         """The look-up table of register v of the block."""
