@@ -15,7 +15,7 @@ Cold matrix-vector products take each call other weights out of several times wh
 share is of the speed at which a loop of loads reads as many bytes. Of K-groups with one row, whose weights do not fit
 the first caches, `read` is how fast they are against such a loop: no kernel can be faster than it. With tiles (AMX) the
 peak is theirs, and goals are times that our kernels for AVX512-VNNI take, the same problems and formats. Rounds
-in which the peak was not reached by a fifth are left out: the other thread of the core was at work.
+in which the peak was not reached by far are taken again: the other thread of the core was at work.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ REGISTERS = "x86-64-avx512vnni"
 """What tiles are held against."""
 TILES_LINEAR, TILES_CONV, TILES_AS_W8 = 3.3, 5.0, 0.9
 """How many times as long registers take, for 64 rows and more; and 8 bits, of 4, 3 and 2 bits, from 256 on."""
-QUIET, LEAST_ROUNDS = 0.8, 3
-"""The share of the best pace at which a round counts, and how many rounds have to be left."""
+QUIET, TURNS = 0.7, 12
+"""The share of the best pace so far at which a round counts, and how often rounds are taken before any do."""
 READ = "read"
 """The contestant that reads memory and does nothing else."""
 
@@ -296,21 +296,32 @@ def cold(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Grou
 # --- figures ------------------------------------------------------------------------------------------------
 
 
-def quiet(group: Group, times: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """The times of rounds in which the pace was set at `QUIET` of its best at least; of all where those are few.
+def quiet(group: Group, calls: Mapping[str, Call], rounds: int, best: dict[str, float]) -> dict[str, list[float]]:
+    """Seconds of each call in so many rounds, in which the pace was set at `QUIET` of its best at least.
 
     The other thread of a core halves what tiles multiply, and registers hardly: whose neighbour is busy measures him.
+
+    best: the highest rates of paces so far, which this changes: the peak is one for all groups, reading is not.
     """
-    best = min(times[group.unit])
-    rounds = [i for i, seconds in enumerate(times[group.unit]) if best >= QUIET * seconds]
-    if len(rounds) < LEAST_ROUNDS:
-        return {name: [*of] for name, of in times.items()}
-    return {name: [of[i] for i in rounds] for name, of in times.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    which = group.unit if group.unit == "peak" else group.name
+    for turn in range(TURNS):
+        for name, seconds in interleaved(calls, rounds, process=True).items():
+            times[name] += seconds
+        pace = [group.work[group.unit] / seconds for seconds in times[group.unit]]
+        best[which] = max(best.get(which, 0.0), *pace)
+        kept = [i for i, rate in enumerate(pace) if rate >= QUIET * best[which]]
+        if len(kept) >= rounds:
+            break
+        if turn == TURNS - 1:
+            terminal.say(f"{group.name}: {len(kept)} of {len(pace)} rounds were quiet, fewer than {rounds}")
+            kept = sorted(range(len(pace)), key=pace.__getitem__)[-rounds:]
+    return {name: [seconds[i] for i in kept] for name, seconds in times.items()}
 
 
 def figures(group: Group, times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
     """For each of ours: microseconds, share of the unit, and times that others take, medians over the rounds."""
-    found, times = {}, quiet(group, times)
+    found = {}
     for name in group.work:
         if name == group.unit:
             continue
@@ -329,11 +340,12 @@ def figures(group: Group, times: Mapping[str, Sequence[float]]) -> dict[str, dic
 
 def measured(groups: Callable[[], Iterator[Group]], top: tuple[Call, int], rounds: int) -> Iterator[tuple[Group, Any]]:
     """Each group and its `figures`."""
+    best: dict[str, float] = {}
     for group in groups():
         calls = {**group.ours, **group.peers}
         if group.unit == "peak":
             calls, group.work = {"peak": top[0], **calls}, {**group.work, "peak": top[1]}
-        yield group, figures(group, interleaved(calls, rounds, process=True))
+        yield group, figures(group, quiet(group, calls, rounds, best))
 
 
 def row(name: str, group: Group, found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
