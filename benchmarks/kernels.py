@@ -14,8 +14,8 @@ binary branch (`int2+b`), folded, and offsets. Rows against MatMulNBits, which q
 Cold matrix-vector products take each call other weights out of several times what the last-level cache holds; their
 share is of the speed at which a loop of loads reads as many bytes. Of K-groups with one row, whose weights do not fit
 the first caches, `read` is how fast they are against such a loop: no kernel can be faster than it. With tiles (AMX) the
-peak is theirs, and goals are times that our kernels for AVX512-VNNI take, the same problems and formats. Rounds
-in which the peak was not reached by far are taken again: the other thread of the core was at work.
+peak is theirs, and goals are times that our kernels for AVX512-VNNI take, the same problems and formats, with codes as
+results. Rounds in which the peak was not reached by far are taken again: the other thread of the core was at work.
 """
 
 from __future__ import annotations
@@ -180,14 +180,14 @@ def macs(problem: QuantMatmul) -> float:
 
 def products(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Group]:
     """Linear layers and convolutions."""
-    for name, by_format in problems().items():
+    for name, by_format in (problems() | (to_codes() if target.engine else {})).items():
         chosen = {f"{name} {kind}": (kind, p) for kind, p in by_format.items() if only in f"{name} {kind}"}
         if not chosen:
             continue
         calls = {full: kernel(p, target) for full, (_, p) in chosen.items()}
         group = Group(name, {n: call for n, (call, _) in calls.items()}, {n: w for n, (_, w) in calls.items()}, "peak")
         first = next(iter(by_format.values()))
-        if not name.startswith("small") and len(by_format) > 1:
+        if not name.startswith("small") and not name.endswith("codes") and len(by_format) > 1:
             linear = first.pointwise
             made = (
                 operators.linear(first.rows, first.channels, first.outputs) if linear else operators.convolution(first)
@@ -205,6 +205,18 @@ def products(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[
         yield group
 
 
+def to_codes() -> dict[str, dict[str, QuantMatmul]]:
+    """Linear layers that write codes, which tiles are held against registers by: floats would measure their stores."""
+    square = [(rows, size, size) for size in SIZES for rows in (64, 256, 1024, 4096)]
+    return {
+        f"linear {rows}x{outputs}x{channels} to codes": {
+            name: QuantMatmul.linear((rows,), channels, outputs, epilogue=REQUANTIZED, **FORMATS[name])
+            for name in ("w8", "w4", "w3", "w2")
+        }
+        for rows, outputs, channels in [*square, (1024, 5120, 1280), (1024, 1280, 5120)]
+    }
+
+
 def by_tiles(group: Group, chosen: Mapping[str, tuple[str, QuantMatmul]], target: Isa) -> None:
     """Adds what tiles are held against: each problem by registers, which has a row of its own."""
     for full, (kind, p) in chosen.items():
@@ -212,8 +224,9 @@ def by_tiles(group: Group, chosen: Mapping[str, tuple[str, QuantMatmul]], target
             continue
         registers = f"{full} {REGISTERS}"
         group.ours[registers], group.work[registers] = kernel(p, ISAS[REGISTERS])
-        conv = p.kernel == (3, 3)
-        group.goals[full, registers] = TILES_CONV if conv else TILES_LINEAR
+        if p.epilogue is None:
+            continue
+        group.goals[full, registers] = TILES_CONV if p.kernel == (3, 3) else TILES_LINEAR
         w8 = f"{full.removesuffix(kind)}w8"
         if kind in ("w4", "w3", "w2") and p.rows >= 256 and w8 in chosen:
             group.goals[full, w8] = TILES_AS_W8

@@ -14,7 +14,7 @@ from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS
 PANEL_BYTES = 256 * 1024
 """Gathered activations of a chunk, about: a quarter to a half of the L2 cache of a core."""
 WIDE_PANEL_BYTES = 768 * 1024
-"""The same where the CPU has AMX: all of those have 2 MiB of it."""
+"""Gathered activations of a chunk where tiles of AMX multiply: all CPUs that have them have 2 MiB of L2."""
 MOST_ROWS, LEAST_ROWS = 512, 96
 """Rows of a chunk, where there are that many: enough to make up for unpacking the weights."""
 SLICE_BYTES = 24 * 1024

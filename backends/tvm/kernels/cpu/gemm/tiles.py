@@ -131,6 +131,6 @@ def save_sums(tile: Tile, product: Buffer, to: Index) -> None:
 
 
 def _save(half: int, v: int, tile: Tile, product: Buffer, to: Index) -> None:
-    """The same of one tile."""
+    """One tile of sums in memory, where `save_sums` has it."""
     row = tile.vectors * TILE_ROWS
     amx.save(amx.sums(half, v), product, to + half * TILE_ROWS * row + v * TILE_ROWS, 4 * row)
