@@ -157,7 +157,6 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "w4a8_against_w8a8": ratio("mpq", "mpq w4a8"),
         "w4a8_bytes_against_int8": best and round(rows["mpq w4a8"][0]["bytes"] / rows[best][0]["bytes"], 3),
         "fast_against_portable": ratio("mpq", "mpq w8a8-fast"),
-        **({"registers_against_tiles": speedup["mpq w8a8-registers"]} if "mpq w8a8-registers" in names else {}),
     }
 
 

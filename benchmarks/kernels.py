@@ -318,7 +318,7 @@ def quiet(group: Group, calls: Mapping[str, Call], rounds: int, best: dict[str, 
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     which = group.unit if group.unit == "peak" else group.name
-    for turn in range(TURNS):
+    for _ in range(TURNS):
         for name, seconds in interleaved(calls, rounds, process=True).items():
             times[name] += seconds
         pace = [group.work[group.unit] / seconds for seconds in times[group.unit]]
@@ -326,9 +326,9 @@ def quiet(group: Group, calls: Mapping[str, Call], rounds: int, best: dict[str, 
         kept = [i for i, rate in enumerate(pace) if rate >= QUIET * best[which]]
         if len(kept) >= rounds:
             break
-        if turn == TURNS - 1:
-            terminal.say(f"{group.name}: {len(kept)} of {len(pace)} rounds were quiet, fewer than {rounds}")
-            kept = sorted(range(len(pace)), key=pace.__getitem__)[-rounds:]
+    else:
+        terminal.say(f"{group.name}: {len(kept)} of {len(pace)} rounds were quiet, fewer than {rounds}")
+        kept = sorted(range(len(pace)), key=pace.__getitem__)[-rounds:]
     return {name: [seconds[i] for i in kept] for name, seconds in times.items()}
 
 

@@ -10,7 +10,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, span
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, span
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
 
 
@@ -73,4 +73,9 @@ class Finish:
 def quantizer(buffers: Buffers, sample: Any) -> tuple[Expr, Expr]:
     """What values of a sample are multiplied by, f32, and the zero point, i32, bound to variables."""
     group = T.bind(T.cast(buffers["group"][sample], "int32"))
-    return T.bind(vmath.reciprocal(buffers["qscale"][group])), T.bind(buffers["qzero"][group])
+    return quantizer_of(buffers, group)
+
+
+def quantizer_of(buffers: Buffers, group: Index, kind: str = "q") -> tuple[Expr, Expr]:
+    """What values of a time group are multiplied by, and the zero point; names of buffers begin with ``kind``."""
+    return T.bind(vmath.reciprocal(buffers[f"{kind}scale"][group])), T.bind(buffers[f"{kind}zero"][group])

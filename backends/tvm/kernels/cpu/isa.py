@@ -160,6 +160,11 @@ class Isa:
         """Whether tiles of AMX multiply."""
         return self.engine == AMX and self.depth > 0
 
+    @property
+    def tile_steps(self) -> int:
+        """Steps of registers in one of tiles."""
+        return self.depth // self.kpack
+
     def in_tiles(self, rows: int, outputs: int, segments: Sequence[int]) -> Isa:
         """The variant whose tiles multiply, of a problem with so many rows a sample; itself where that does not pay.
 

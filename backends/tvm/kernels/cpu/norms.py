@@ -27,7 +27,7 @@ from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
+from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish, quantizer_of
 from mpq_compiler.backends.tvm.kernels.common.template import (
     Buffer,
     Buffers,
@@ -132,8 +132,7 @@ def _group_norm(problem: GroupNorm, batch: Any, buffers: Buffers) -> None:
             rows, raw = _Rows(problem, buffers, b), None
             if problem.raw is not None:
                 group = T.bind(T.cast(buffers["group"][b], "int32"))
-                inverse = T.bind(vmath.reciprocal(buffers["raw_scale"][group]))
-                raw = inverse, T.bind(buffers["raw_zero"][group])
+                raw = quantizer_of(buffers, group, "raw_")
             with T.serial(begin, end) as s:
                 for x, count, first in _parts(problem, buffers):
 

@@ -12,7 +12,7 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
-from mpq_compiler.backends.tvm.kernels.common.epilogue import apply
+from mpq_compiler.backends.tvm.kernels.common.epilogue import apply, quantizer_of
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, span, store
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
@@ -167,7 +167,7 @@ class Finish:
         if self.p.has_offset:
             zeros = [self.rows.zeros_of(j, m, group) for j in segments]
         if self.epilogue.bits is not None:
-            quant = T.bind(vmath.reciprocal(self.b["qscale"][group])), T.bind(self.b["qzero"][group])
+            quant = quantizer_of(self.b, group)
         return OfRow(scales, zeros, quant)
 
     def _of_channels(self, summed: Summed, v: int, row: OfRow) -> OfChannels:

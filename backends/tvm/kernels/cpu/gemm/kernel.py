@@ -27,7 +27,6 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     with_functions,
 )
 from mpq_compiler.backends.tvm.kernels.cpu import amx, sme
-from mpq_compiler.backends.tvm.kernels.cpu.gemm import spread
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.accumulate import Accumulation
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import each_segment, loop, opaque, quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish, Group, Summed
@@ -128,10 +127,9 @@ class Kernel:
         self.spread: Spread | None = None
         size = self.s.tile.rows * self.s.tile.vectors * self.isa.words
         if self.isa.depth:
-            # Of tiles that wait the first values of the next.
-            if not spread.pays(self.s) or self._starts_differ:
+            if not self.s.waits or self._starts_differ:  # sums, or first values
                 self.products = team.workspace((segments if segments <= FEW_SEGMENTS else 1) * size, "int32")
-            if spread.pays(self.s):
+            if self.s.waits:
                 self.spread = Spread(self.s, team, self.finish)
             if self.isa.amx:
                 amx.configure(team.workspace(amx.CONFIGURATION, "int32"))
@@ -156,12 +154,13 @@ class Kernel:
             if self.s.slices:
                 self._multiply_slices(first, end, first_row)
                 return
+            whole = self.s.unpacks and not self.s.ring  # blocks are unpacked before they are multiplied
             with T.serial(first, end) as t:
                 fresh: Any = False
-                if self.s.unpacks:
+                if whole:
                     fresh = T.bind(self.done[1] != number) if self.s.parts > 1 else t == 0
                 self._tile(self.s.tile, first_row(t), t, fresh)
-                if self.s.unpacks and self.s.parts > 1:
+                if whole and self.s.parts > 1:
                     store(self.done, number, 1)
 
         own, isa = self.p.rows, self.isa  # rows of a sample
@@ -340,10 +339,10 @@ class Kernel:
     def _whole_segment(
         self, tile: Tile, j: Segment, r: Any, groups: Group, product: Buffer, to: Any, t: Any, fresh: Any
     ) -> None:
-        """product[to ..] = segment j of tile t of the chunk."""
+        """product[to ..] = segment j of tile t of the chunk; the sums of a tile that waits stay in tiles (`Spread`)."""
         p, w, begin = self.p, self.w, j.before(self.w.segment_steps)
         ahead = self.block.ahead(begin, self.w.segment_steps[j.first], t)
-        weights = self.block.weights(begin, None if t is None else begin, False if self.s.ring else fresh)
+        weights = self.block.weights(begin, None if t is None else begin, fresh)
         if self.isa.depth:
             tiles = self._in_tiles(tile, j, weights, ahead)
             if p.late_zeros:

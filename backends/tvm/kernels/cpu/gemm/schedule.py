@@ -64,6 +64,7 @@ class Schedule:
     slices:      how many a run of k is cut into, for each segment; none where all of k is one
     most_tiles, usual_tiles: of a chunk
     aligned:     steps that share bytes are always neighbours in a run
+    waits:       a tile is finished while the next one is multiplied (`Spread`); of K-groups sums are scaled one by one
     ring:        steps of registers that the panel of unpacked weights has, which are used again and again; 0 where it
                  has all of a block
     """
@@ -90,11 +91,12 @@ class Schedule:
         self.shifted = bool(isa.depth) and not problem.pointwise and not near
         self._size_chunks()
         self._size_slices()
+        self.waits = self.isa.amx and len(problem.segments) <= FEW_SEGMENTS
         self.ring = 0
         panel = self.w.steps * self.tile.vectors * self.isa.vector
         few = self.usual_tiles == 1 or (self.usual_tiles == 2 and panel > NEAR_PANEL_BYTES)
         if self.isa.amx and self.unpacks and few:
-            self.ring = RING_STEPS * self.isa.depth // self.isa.kpack
+            self.ring = RING_STEPS * self.isa.tile_steps
 
     def _size_chunks(self) -> None:
         """Sets most_rows, least_rows, pixels, parts and, for images, samples and bands of a chunk."""

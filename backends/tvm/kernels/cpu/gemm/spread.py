@@ -10,15 +10,9 @@ from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import loop, quotient, w
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.finish import Finish, Summed
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.tiles import save_sums
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS
 
 BLOCK, FIRST, ROW, CELLS = range(4)
 """Where the waiting tile's block (-1 where none waits), chunk and row are noted, and how many notes there are."""
-
-
-def pays(schedule: Schedule) -> bool:
-    """Whether tiles wait: those of AMX, but for K-groups, whose sums are scaled one by one."""
-    return schedule.isa.amx and len(schedule.p.segments) <= FEW_SEGMENTS
 
 
 class Spread:
@@ -34,7 +28,7 @@ class Spread:
         self.size = self.tile.rows * self.tile.vectors * schedule.isa.words
         """Sums of a tile and a segment."""
         self.products = team.workspace(self.segments * self.size, "int32")
-        self.each = -(-self.tile.rows * schedule.isa.depth // (schedule.w.segment_steps[0] * schedule.isa.kpack))
+        self.each = -(-self.tile.rows * schedule.isa.tile_steps // schedule.w.segment_steps[0])
         """Rows that a step of the first segment finishes: sums of further ones take their place."""
         self.cells = team.workspace(CELLS, "int32")
         store(self.cells, T.int32(-1), BLOCK)

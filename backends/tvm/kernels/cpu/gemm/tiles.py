@@ -33,8 +33,7 @@ class TileAccumulation(InTiles):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.starts = scratch(self.halves, "int32")
-        self.steps = self.isa.depth // self.isa.kpack
-        """Steps of registers in one of tiles."""
+        self.steps = self.isa.tile_steps
 
     def begin(self, j: Segment, r: Index, first: tuple[Buffer, Index, int] | None) -> None:
         """Sets the sums of rows r and on of the chunk, in segment j.

@@ -121,9 +121,7 @@ class Block:
         All tiles together ask for the weights behind those steps, one tile after another; who comes when all are
         asked for stays at one line. Few rows (t is None) have no time for that much, and ask for what they need soon.
         """
-        w, together = self.w, self.isa.load_steps
-        if self.isa.amx:
-            together = self.isa.depth // self.isa.kpack
+        w, together = self.w, self.isa.tile_steps if self.isa.amx else self.isa.load_steps
         bytes_ = w.pack_bytes * self.s.tile.vectors
         needed = -(-bytes_ * together // (w.pack * 64))
         if t is None:
