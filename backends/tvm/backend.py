@@ -57,6 +57,7 @@ class TvmBackend:
             tune=request.tune,
             emit=request.emit,
             instruments=request.instruments,
+            fresh=request.fresh,
         )
 
     def join(self, parts: Sequence[Path], digests: bytes, target: Target) -> dict[str, bytes]:

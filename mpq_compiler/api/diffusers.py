@@ -26,7 +26,7 @@ from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.sampling import schedulers
 from mpq_compiler.sampling.conditioning import TEXT
 from mpq_compiler.support import tensorfile
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import Notice, UserError
 from mpq_compiler.targets import table as targets
 
 
@@ -86,7 +86,7 @@ def compile_pipeline(
             said = {name: options.pop(name, None) for name in ("latent", "time")}
         report = compile_denoiser(_denoiser(pipeline, part, calibration, **said), output, progress, **options)
     for note in report.notes:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, Notice, stacklevel=3)
     compiled = compiled_denoiser.load(output)
     compiled.report = report
     setattr(pipeline, part, compiled)

@@ -26,7 +26,7 @@ from mpq_compiler import schemas
 from mpq_compiler.artifact.manifest import File, Manifest
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.files import beside, check_place, sha256, sync, umask
+from mpq_compiler.support.files import beside, check_place, put, sha256, sweep, sync, umask
 
 FORMAT = "mpq-artifact"
 FORMAT_VERSION = 3
@@ -57,6 +57,7 @@ def check_output(path: str | os.PathLike[str], overwrite: bool) -> None:
     """Raises a UserError where an artifact could not be written to `path`; call it before long work starts."""
     path = Path(path)
     check_place(path)
+    sweep(path.parent, path.name)
     if os.path.lexists(path):
         if not overwrite:
             raise UserError(f"{path} exists; choose another name or give --overwrite")
@@ -88,11 +89,13 @@ def write(
     files: Mapping[str, FileSource],
     tensors: Mapping[str, np.ndarray],
     overwrite: bool = False,
+    tried: Callable[[Path], object] | None = None,
 ) -> Manifest:
     """Writes an artifact and returns its complete manifest; equal content gives equal bytes.
 
-    Everything is written beside `path` and renamed. So an error, a full disk or Ctrl-C leaves nothing behind, and an
-    artifact that was to be overwritten stays as it was.
+    Everything is written beside `path`, and put there in one step. So an error, a full disk, Ctrl-C or SIGTERM leaves
+    nothing behind, and an artifact that was to be overwritten stays as it was; what a process that is killed leaves is
+    removed when the next one is to write there.
 
     Args:
         path: a folder, or a zip where it ends in .zip.
@@ -101,6 +104,7 @@ def write(
         files: content of each file besides the manifest and the weights, by name.
         tensors: the stored tensors, by the names in `manifest["tensors"]`.
         overwrite: whether an artifact at `path` may be replaced.
+        tried: is called with the folder of the whole artifact before it is at `path`, and may refuse it by raising.
 
     Raises:
         UserError: what `check_output` refuses, and whatever the file system refuses.
@@ -122,8 +126,10 @@ def write(
         with (folder / MANIFEST).open("wb") as stream:
             stream.write(canonical(complete))
             sync(stream)
+        if tried is not None:
+            tried(folder)
         result = _zip(folder) if path.suffix == ".zip" else folder
-        put(result, path, scratch / "previous")
+        put(result, path, scratch)
     return complete
 
 
@@ -135,7 +141,7 @@ def copy(artifact: Artifact, path: str | os.PathLike[str], overwrite: bool = Fal
         with beside(path) as scratch:
             folder = scratch / path.name
             shutil.copytree(artifact.folder, folder)
-            put(_zip(folder) if path.suffix == ".zip" else folder, path, scratch / "previous")
+            put(_zip(folder) if path.suffix == ".zip" else folder, path, scratch)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -191,21 +197,6 @@ def fill(path: Path, source: FileSource) -> None:
     with path.open("rb+") as stream:
         sync(stream)
     path.chmod((0o777 if path.name in (PROGRAM, SERVER) else 0o666) & ~umask())
-
-
-def put(new: Path, path: Path, previous: Path) -> None:
-    """Puts `new` at `path` by renaming; what was there moves to `previous`, and back again if that fails."""
-    if not os.path.lexists(path):
-        os.rename(new, path)
-    elif new.is_file() and path.is_file():
-        os.replace(new, path)
-    else:
-        os.rename(path, previous)
-        try:
-            os.rename(new, path)
-        except BaseException:
-            os.rename(previous, path)
-            raise
 
 
 def _zip(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from mpq_compiler.sampling.call_tree import Tree
 from mpq_compiler.sampling.glue import GlueData
 from mpq_compiler.sampling.prompt_tokens import TokensData
 from mpq_compiler.support.errors import UserError, nearest
-from mpq_compiler.support.files import beside, sha256, sync
+from mpq_compiler.support.files import beside, put, sha256, sync
 
 FORMAT, FORMAT_VERSION = bundle.PIPELINE_FORMAT, 1
 FILE = bundle.PIPELINE
@@ -153,7 +153,7 @@ def write(
         with (folder / FILE).open("wb") as stream:
             stream.write(bundle.canonical(document))
             sync(stream)
-        bundle.put(folder, path, scratch / "previous")
+        put(folder, path, scratch)
     return cast(Document, document)
 
 

@@ -7,7 +7,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,7 +36,7 @@ from mpq_compiler.cli import (
 )
 from mpq_compiler.cli.options import Commands
 from mpq_compiler.support import terminal, usage
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import Notice, UserError
 
 TEACH = """\
 Compiles diffusion denoisers (any UNet or transformer of diffusers) to
@@ -89,7 +92,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command: 0 done, 1 a clear error, 130 Ctrl-C; argparse exits with 2 for a wrong command line."""
+    """Runs a command: 0 done, 1 a clear error, 130 Ctrl-C, 143 SIGTERM; argparse exits with 2 for a wrong command line.
+
+    Both signals end it alike: nothing half-written stays, what the cache has stays there.
+    """
     if not (sys.argv[1:] if arguments is None else arguments):
         print(parser().format_help(), end="", file=sys.stderr)
         return 2
@@ -98,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.json not in (None, "-"):
             output.require_new(args.json, overwrite=True)
-        result = usage.with_room(args.run)(args)
+        with _ends_by_sigterm(), _noted():
+            result = usage.with_room(args.run)(args)
         if args.json == "-":
             print(json.dumps(result, indent=1))
         elif args.json:
@@ -107,9 +114,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         return _fail(args, str(error))
+    except Terminated:
+        print("mpqc: terminated", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("mpqc: interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # whoever read us has seen enough: `mpqc passes | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -127,6 +137,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _defect(args, error)
     finally:
         terminal.output.stderr = False
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _ends_by_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # no other can be told
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one would disturb what is cleared away
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _noted() -> Iterator[None]:
+    """Prints warnings of ours as the notes that they are, a sentence without the line of code that gave it."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *where: object) -> None:
+            if issubclass(category, Notice):
+                terminal.note(f"note: {message}")
+            else:
+                usual(message, category, *where)  # type: ignore[arg-type]
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _defect(args: argparse.Namespace, error: Exception) -> int:

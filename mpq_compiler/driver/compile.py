@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_compiler.artifact import bundle
+from mpq_compiler.artifact.manifest import Manifest
 from mpq_compiler.driver import manifest, report
 from mpq_compiler.driver.check import check
 from mpq_compiler.driver.estimate import Estimate, Workload, fit_jobs, for_report, foreseen
@@ -87,6 +88,7 @@ def compile_denoiser(
         others = other_kinds(lowering, denoiser) or other_sizes(lowering.program, lowering.laid_out, chosen)
         with recorded("kernels", after):
             built = _built(backend, lowering, target, chosen, others, workers, progress)
+    notes = [lowered] if lowered is not None else []
     with single_threaded():
         target = targets.with_features(target, built.features)
         stored = costs.stored_bytes(lowering.planned) + added_bytes(lowering.program, others)
@@ -98,14 +100,27 @@ def compile_denoiser(
                 f"{more} bytes more than the plan says"
             )
         predicted = report.predicted_latency(lowering.latency, lowering.program, built.facts)
-        document = manifest.describe(denoiser, lowering, built, chosen, target, predicted)
-        files = manifest.files(denoiser, lowering, built, chosen, target)
-        if chosen.dumps is not None:
-            (chosen.dumps / bundle.DECISIONS).write_bytes(files[bundle.DECISIONS])
         with recorded("judging", after):
             judge = Judge(denoiser, lowering, chosen, RunContext(jobs=chosen.jobs, progress=progress))
-            document["quality"] = judge.reference_quality()
-            complete = bundle.write(output, document, files, built.tensors, chosen.overwrite)
+
+            def written(built: Built, tried: Callable[[Path], None] | None = None) -> Manifest:
+                document = manifest.describe(denoiser, lowering, built, chosen, target, predicted)
+                document["quality"] = judge.reference_quality()
+                files = manifest.files(denoiser, lowering, built, chosen, target)
+                if chosen.dumps is not None:
+                    (chosen.dumps / bundle.DECISIONS).write_bytes(files[bundle.DECISIONS])
+                return bundle.write(output, document, files, built.tensors, chosen.overwrite, tried)
+
+            def refute(folder: Path) -> None:
+                if wrong := judge.refuted(folder, target):
+                    raise _Refuted(wrong)
+
+            try:
+                complete = written(built, refute if built.facts.get("from_cache") else None)
+            except _Refuted as wrong:
+                notes.append(f"kernels that the cache held were thrown away and compiled anew: {wrong}")
+                built = _built(backend, lowering, target, chosen, others, None, progress, fresh=True)
+                complete = written(built)
             assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
             built.tensors.clear()  # the artifact maps its own, and prepares them in memory
             judged = judge.judged(output, target, others)
@@ -113,8 +128,12 @@ def compile_denoiser(
     assert expected is not None
     told = for_report(expected, lowering.records)
     made = report.report(denoiser, lowering, built, chosen, target, complete, judged, predicted, after, told)
-    made.notes[:0] = [lowered] if lowered is not None else []
+    made.notes[:0] = notes
     return made
+
+
+class _Refuted(Exception):
+    """What is wrong with kernels that the cache held."""
 
 
 def _built(
@@ -125,15 +144,16 @@ def _built(
     others: list[Specialization],
     workers: Any,
     progress: Progress | None,
+    fresh: bool = False,
 ) -> Built:
     """Builds the packed program by the backend."""
     batches, *_ = parse_shapes(options.shapes).values()
     emit = "machine" if options.standalone else "c" if options.emit else None
     instruments: list[StageInstrument] = []
-    if (dumps := lowering.dumps) is not None:
+    if (dumps := lowering.dumps) is not None and not fresh:
         behind = len(lowering.passes)
         instruments.append(lambda index, stage, plan: dumps.write_stage(behind + index, stage, plan))
     request = BuildRequest(
-        batches, others, options.jobs, workers, options.cache, progress, options.tune, emit, instruments
+        batches, others, options.jobs, workers, options.cache, progress, options.tune, emit, instruments, fresh
     )
     return backend.build(lowering.program, target, request)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.specialization import Specialization, size_of
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
+from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.support.execution import batches as in_batches
@@ -43,9 +48,14 @@ def compared_together(inputs: int) -> int:
     return min(JUDGED_TOGETHER, -(-inputs // 2))
 
 
+def runs_here(target: targets.Target) -> bool:
+    """Whether this machine has what an artifact for the target needs; on GPUs loading it tells."""
+    return target.backend != "reference" and not targets.missing_features(target)
+
+
 def load_runnable(path: str | Path, target: targets.Target) -> tuple[CompiledDenoiser | None, list[str]]:
     """Loads the artifact where this machine has what the target needs; a note says why it cannot, all the same."""
-    if target.backend == "reference" or targets.missing_features(target):
+    if not runs_here(target):
         return None, []
     try:
         return compiled_denoiser.load(path), []
@@ -99,7 +109,7 @@ def disagreement(difference: float | None, error: float | None, inputs: int, tar
     """
     if difference is None or abs(difference) <= AGREEMENT_DB:
         return None
-    if error is not None and abs(difference) - 2 * error <= AGREEMENT_DB:
+    if not _is_certain(difference, error):
         return (
             f"the artifact's SQNR is {difference:+.2f} +- {error:.2f} dB from the packed program's, by "
             f"{inputs} inputs: too few to say that its kernels compute something else"
@@ -108,6 +118,11 @@ def disagreement(difference: float | None, error: float | None, inputs: int, tar
         f"the artifact's SQNR is {difference:+.2f} dB from the packed program's: its kernels for '{target.name}' "
         "compute something else, report it with the model"
     )
+
+
+def _is_certain(difference: float, error: float | None) -> bool:
+    """Whether a difference in dB is beyond contract (c) by more than two standard errors."""
+    return abs(difference) - 2 * (error or 0.0) > AGREEMENT_DB
 
 
 class KindQuality(TypedDict):
@@ -157,11 +172,36 @@ class Judge:
             self.expected = outputs(lambda batch: denoiser(**batch), inputs, JUDGED_TOGETHER)
             compared = {name: value[index] for name, value in inputs.items()}
             self.packed = outputs(lambda batch: run(program, batch), compared, compared_together(self.compared))
+            self.given = {name: value.numpy() for name, value in compared.items()}
+            """The inputs of `packed`."""
         self.reference_sqnr_db = round(sqnr_db(self.expected[self.rows], self.packed), 6)
 
     def reference_quality(self) -> dict[str, Any]:
         """The manifest's figures of quality of the packed program."""
         return {"reference_sqnr_db": self.reference_sqnr_db, "inputs": self.compared}
+
+    def refuted(self, folder: Path, target: targets.Target) -> str | None:
+        """What is wrong with an artifact whose kernels are not known to be right, in a clause; None where nothing is.
+
+        It is run where this machine can, on the inputs of the packed program, in a process that may crash.
+        """
+        if not runs_here(target):
+            return None
+        with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
+            given, found = Path(scratch, "inputs"), Path(scratch, "output")
+            with given.open("wb") as stream:
+                tensorfile.save(stream, self.given)
+            command = [sys.executable, "-P", "-m", "mpq_compiler", "run", folder, "--input", given, "--output", found]
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=scratch)
+            if done.returncode < 0:
+                return f"they end their process with {signal.Signals(-done.returncode).name}"
+            if done.returncode:
+                return f"they cannot be run ({(done.stderr.strip().splitlines() or ['no word'])[-1]})"
+            output = tensorfile.load(found)["output"]
+        difference, error = sqnr_difference_db(self.expected[self.rows], output, self.packed)
+        if difference is not None and _is_certain(difference, error):
+            return f"they compute something else ({difference:+.2f} dB of SQNR from the packed program)"
+        return None
 
     def judged(self, path: str | Path, target: targets.Target, others: Sequence[Specialization]) -> Judged:
         """Judges the artifact at ``path``, which is executed where this machine can run it."""

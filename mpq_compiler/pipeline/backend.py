@@ -65,6 +65,7 @@ class BuildRequest:
         tune: whether to search for the fastest kernels.
         emit: "c" or "machine" adds a C program, without a runtime or with TVM's; None adds none.
         instruments: look at every stage of the lowering.
+        fresh: whether nothing that the cache holds is taken from there.
     """
 
     batches: Sequence[int] = (1, 2)
@@ -76,6 +77,7 @@ class BuildRequest:
     tune: bool = False
     emit: str | None = None
     instruments: Sequence[StageInstrument] = ()
+    fresh: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mpq_compiler.ir.program import Program
 from mpq_compiler.quantization import statistics
-from mpq_compiler.quantization.kept_files import KeptFiles, read, write_all
+from mpq_compiler.quantization.kept_files import KeptFiles, read, write, write_all
 from mpq_compiler.quantization.statistics import Calibration, EdgeStatistics, Statistic, arithmetic
 from mpq_compiler.support import cache
 
-INDEX = "index.json"
+INDEX = "index"
 
 
 class CalibrationFiles(KeptFiles[Calibration]):
@@ -52,12 +52,16 @@ class CalibrationFiles(KeptFiles[Calibration]):
         return self.use(cache.digest(about, *statistics.content(program), inputs))
 
     def _loaded(self, place: Path) -> tuple[Calibration, float]:
-        about = json.loads((place / INDEX).read_text(encoding="utf-8"))
-        found = Calibration(read(place / "inputs"), outputs=read(place / "outputs")["outputs"])
+        _, text = read(place / INDEX)
+        about = json.loads(text)
+        inputs, _ = read(place / "inputs")
+        outputs, _ = read(place / "outputs")
+        found = Calibration(inputs, outputs=outputs["outputs"])
         for number, (name, elements) in enumerate(about["edges"]):
-            found.edges[name] = EdgeStatistics(**read(place / f"edge-{number}"), elements=elements)
+            ranges, _ = read(place / f"edge-{number}")
+            found.edges[name] = EdgeStatistics(**ranges, elements=elements)
         for number, calls in enumerate(about["calls"]):
-            moments = read(place / f"moments-{number}")
+            moments, _ = read(place / f"moments-{number}")
             for call in calls:
                 found.grams[call], found.means[call] = moments["gram"], moments["mean"]
         return found, float(about["seconds"])
@@ -77,5 +81,5 @@ class CalibrationFiles(KeptFiles[Calibration]):
             return False
         about = {"seconds": seconds, "edges": [(name, edge.elements) for name, edge in edges.items()],
                  "calls": [*calls.values()]}  # fmt: skip
-        cache.write(place / INDEX, json.dumps(about).encode())
+        write(place / INDEX, {}, json.dumps(about))
         return True

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from mpq_compiler import formats
 from mpq_compiler.formats.base import Fit, QuantizedWeight
-from mpq_compiler.ir import scratch
 from mpq_compiler.ir.program import TensorStore
-from mpq_compiler.quantization.kept_files import KeptFiles
+from mpq_compiler.quantization.kept_files import KeptFiles, read, write
 from mpq_compiler.quantization.statistics import arithmetic
 from mpq_compiler.support import cache
 
@@ -39,14 +38,11 @@ class FitFiles(KeptFiles[Fit]):
         """
         given = TensorStore({str(i): part for i, part in enumerate((weight, *moments)) if part is not None})
         about = f"fit 2 {format_name} {formats.version(format_name)} {rounding} {arithmetic()}"
-        return self.use(f"{cache.digest(about, given.content(given))}.safetensors")
+        return self.use(cache.digest(about, given.content(given)))
 
     def _loaded(self, place: Path) -> tuple[Fit, float]:
-        from safetensors import safe_open
-
-        with safe_open(place, "pt") as file:
-            about = json.loads(file.metadata()["fit"])
-            parts = {name: scratch.kept(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        parts, text = read(place)
+        about = json.loads(text)
         segments = about["segments"]
         found = {name: parts.get(name) for name in PARTS[2:]}
         fit = QuantizedWeight(parts["codes"], parts["scale"], **found, segments=segments and tuple(segments))
@@ -54,10 +50,7 @@ class FitFiles(KeptFiles[Fit]):
 
     def save(self, place: Path, result: Fit, seconds: float) -> bool:
         """Writes a fit, whole or not at all; kinds that are soon made are none of it."""
-        from safetensors.torch import save
-
         if isinstance(result, QuantizedWeight):
-            parts = {name: part.contiguous() for name in PARTS if (part := getattr(result, name)) is not None}
-            about = json.dumps({"segments": result.segments, "seconds": seconds})
-            cache.write(place, save(parts, {"fit": about}))
+            parts = {name: part for name in PARTS if (part := getattr(result, name)) is not None}
+            write(place, parts, json.dumps({"segments": result.segments, "seconds": seconds}))
         return True

@@ -5,6 +5,7 @@ Large results lie in files without names (`ir.scratch`) that go with the process
 
 from __future__ import annotations
 
+import json
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -19,6 +20,8 @@ from mpq_compiler.support.usage import cpu_seconds
 
 LEAST_SECONDS = 30.0
 """The CPU seconds from which on a result is kept."""
+ABOUT = "about"
+"""The metadata of a file of tensors."""
 SPARED = 2.0
 """How much more room than a result takes has to be there; with less it is not kept."""
 
@@ -45,11 +48,9 @@ class KeptFiles(ABC, Generic[_Kept]):
 
     def load(self, place: Path) -> tuple[_Kept, float] | None:
         """The result at a place, and the CPU seconds that it took; None where none is whole."""
-        from safetensors import SafetensorError
-
         try:
             return self._loaded(place)
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        except (FileNotFoundError, KeyError, ValueError, TypeError):
             return None
 
     @abstractmethod
@@ -93,20 +94,30 @@ class KeptFiles(ABC, Generic[_Kept]):
 
 def write_all(place: Path, files: Mapping[str, Mapping[str, Tensor]]) -> bool:
     """Writes files of tensors into a folder; returns whether there was room. UserError: it cannot be written."""
-    from safetensors.torch import save
-
     size = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
     cache.make(place)
     if shutil.disk_usage(place).free < SPARED * size:
         return False
     for name, tensors in files.items():
-        cache.write(place / name, save({key: tensor.contiguous() for key, tensor in tensors.items()}))
+        write(place / name, tensors)
     return True
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file; large ones are copied to files without names, as those are that passes make."""
-    from safetensors import safe_open
+def write(path: Path, tensors: Mapping[str, Tensor], about: str = "") -> None:
+    """Writes a file of tensors, and a text about them. UserError: it cannot be written."""
+    from safetensors.torch import save
 
-    with safe_open(path, "pt") as file:
-        return {name: scratch.kept(file.get_tensor(name).clone()) for name in file.keys()}  # noqa: SIM118
+    cache.write(path, save({n: tensor.contiguous() for n, tensor in tensors.items()}, {ABOUT: about}))
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file that `write` wrote, and the text about them. FileNotFoundError: there is none whole.
+
+    Large tensors lie in files without names, as those do that passes make.
+    """
+    from safetensors.torch import load
+
+    if (content := cache.read(path)) is None:
+        raise FileNotFoundError(path)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    return {name: scratch.kept(tensor) for name, tensor in load(content).items()}, str(header["__metadata__"][ABOUT])

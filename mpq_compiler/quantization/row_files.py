@@ -17,12 +17,12 @@ from torch import Tensor, fx
 from mpq_compiler.ir.edges import RowGeometry
 from mpq_compiler.ir.program import Program
 from mpq_compiler.quantization import statistics
-from mpq_compiler.quantization.kept_files import KeptFiles, read, write_all
+from mpq_compiler.quantization.kept_files import KeptFiles, read, write, write_all
 from mpq_compiler.quantization.rewrite_gain import Samples
 from mpq_compiler.quantization.statistics import arithmetic
 from mpq_compiler.support import cache
 
-INDEX = "index.json"
+INDEX = "index"
 Windows = Mapping[fx.Node, Iterable[RowGeometry]]
 """Edges, and the geometries of the layers that read each."""
 
@@ -49,10 +49,11 @@ class RowFiles(KeptFiles[dict[str, Samples]]):
         return self.use(cache.digest(about, *statistics.content(program), inputs))
 
     def _loaded(self, place: Path) -> tuple[dict[str, Samples], float]:
-        about = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        _, text = read(place / INDEX)
+        about = json.loads(text)
         found = {}
         for number, (name, geometries) in enumerate(about["edges"]):
-            tensors = read(place / f"edge-{number}")
+            tensors, _ = read(place / f"edge-{number}")
             parts = {_geometry(given): [tensors[f"rows-{i}"]] for i, given in enumerate(geometries)}
             found[name] = Samples(tensors["largest"], parts)
         return found, float(about["seconds"])
@@ -68,7 +69,7 @@ class RowFiles(KeptFiles[dict[str, Samples]]):
         if not write_all(place, files):
             return False
         about = {"seconds": seconds, "edges": [(name, [*samples.parts]) for name, samples in result.items()]}
-        cache.write(place / INDEX, json.dumps(about).encode())
+        write(place / INDEX, {}, json.dumps(about))
         return True
 
 

@@ -37,7 +37,7 @@ from mpq_compiler.sampling.call_tree import (
 )
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.support import plugins, tensorfile
-from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.errors import Notice, UserError, nearest
 from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
@@ -289,7 +289,7 @@ class CompiledDenoiser:
         self._replace(tensors)
         self.lora = found
         for note in found.notes:
-            warnings.warn(note, stacklevel=2)
+            warnings.warn(note, Notice, stacklevel=2)
         return found
 
     def unload_lora(self) -> None:

@@ -30,7 +30,7 @@ from mpq_compiler.sampling.glue import Glue
 from mpq_compiler.sampling.inverse import Inverse, InverseOfPixels
 from mpq_compiler.sampling.prompt_tokens import Tokens
 from mpq_compiler.sampling.schedulers import Scheduler, exchanged
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import Notice, UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -326,7 +326,7 @@ class CompiledPipeline:
         """
         prompts = [prompt] if isinstance(prompt, str) else [*prompt]
         for said in dict.fromkeys(said for each in prompts for said in self.cut(each)):
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(said, Notice, stacklevel=2)
         negative = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
         if not prompts or (negative is not None and len(negative) != len(prompts)):
             raise UserError(f"there are {len(negative or ())} negative prompts for {len(prompts)} prompts")

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from mpq_compiler.artifact import interface
 from mpq_compiler.artifact.bundle import KERNELS, Artifact
 from mpq_compiler.runtime.memo import REUSE_BYTES, Part, Staged, stage
 from mpq_compiler.support import tensorfile
@@ -151,6 +152,7 @@ class VirtualMachine:
         self._ffi = self._load()
         self.threads = min(threads, usable_cores())
         self._library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
+        self._require_interface(artifact)
         self._machine = self._new_machine()
         self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
         self._staged: dict[str, list[Staged]] = {
@@ -170,6 +172,20 @@ class VirtualMachine:
         }
         """The parts, by name: what the functions share and keep between calls."""
         self._described = {function["name"]: function for function in artifact.manifest["functions"]}
+
+    def _require_interface(self, artifact: Artifact) -> None:
+        """Raises a UserError where the manifest states other shapes or types than the kernels were compiled for."""
+        manifest = artifact.manifest
+        prepare = manifest.get("prepare")
+        read = (prepare or {}).get("tensors", ())
+        tensors = {t["name"]: (t["dtype"], t["shape"]) for t in manifest["tensors"] if t["name"] in read}
+        digest = interface.digest(manifest["functions"], manifest.get("parts", []), prepare, tensors)
+        stated = self._library.get_function(interface.SYMBOL, query_imports=True)
+        if stated is None or ctypes.string_at(stated(), interface.HEX).decode() != digest:
+            raise UserError(
+                f"{artifact.path} is damaged: its manifest states other inputs, outputs or tensors than its kernels "
+                "were compiled for; copy or compile it again"
+            )
 
     def _new_machine(self) -> Any:
         """A machine of TVM's that executes the library."""

@@ -1,6 +1,8 @@
-"""A cache of expensive results across runs: one JSON-lines file per key, appended to as results arrive.
+"""A cache of expensive results across runs, none of which is believed unseen.
 
-A file survives the death of its writer: every line is one whole result, and a torn last line is ignored.
+Every file begins with the SHA-256 of its content, and every line of a file of results with that of the line: what a
+failing disk or a power failure has left of it is thrown away, said once, and made again. Files are written whole or not
+at all; results are appended as they arrive, and a line that a killed writer has torn costs that line.
 """
 
 from __future__ import annotations
@@ -10,17 +12,20 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.files import write_whole
+from mpq_compiler.support.errors import Notice, UserError
+from mpq_compiler.support.files import sweep, write_whole
 
 KINDS = ("calibration", "fits", "kernels", "latency", "rows", "sensitivity", "tiles", "training")
 """The kinds of results; each has a folder of its own in the cache."""
+_swept: set[Path] = set()
+"""The folders that this process has swept."""
 
 
 def folder(path: Path | None = None) -> Path:
@@ -52,15 +57,35 @@ class Results:
     """Named results under one key; ``results[name] = value`` writes through."""
 
     def __init__(self, kind: str, key: str, path: Path | None = None) -> None:
-        self.path = folder(path) / kind / f"{key}.jsonl"
+        self.path = folder(path) / kind / f"{key}.results"
         self._values: dict[str, Any] = {}
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                try:
-                    name, value = json.loads(line)
-                except ValueError:
-                    continue
-                self._values[name] = value
+        try:
+            with self.path.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)  # so that nobody is in the middle of a line
+                found, sound, damaged = _parse(content := file.read())
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise UserError(
+                f"the cache file {self.path} cannot be read ({error.strerror}); name another folder with --cache"
+            ) from error
+        self._values.update(found)
+        if damaged:
+            _say(self.path, f"{damaged} of its lines")
+        if sum(map(len, sound)) < len(content):
+            self._keep_sound()
+
+    def _keep_sound(self) -> None:
+        """Leaves nothing but sound lines in the file, as it is by now."""
+        try:
+            with self.path.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                _, sound, _ = _parse(file.read())
+                file.seek(0)
+                file.write(b"".join(sound))
+                file.truncate()
+        except OSError as error:
+            raise _unwritable(self.path.parent, error) from error
 
     def __contains__(self, name: str) -> bool:
         return name in self._values
@@ -76,39 +101,92 @@ class Results:
 
     def __setitem__(self, name: str, value: Any) -> None:
         self._values[name] = value
-        line = json.dumps([name, value]) + "\n"
+        line = _line(json.dumps([name, value]))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("ab") as file:
+            with self.path.open("a+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                # A writer that died in the middle of a line must not swallow this one.
-                if file.tell() and not self._ends_line():
-                    file.write(b"\n")
-                file.write(line.encode())
+                file.truncate(_end_of_lines(file))
+                file.write(line)
         except OSError as error:
             raise _unwritable(self.path.parent, error) from error
 
-    def _ends_line(self) -> bool:
-        with self.path.open("rb") as file:
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) == b"\n"
-
 
 def make(folder: Path) -> None:
-    """Makes a folder of the cache, where there is none. UserError: it cannot be made."""
+    """Makes a folder of the cache, where there is none, and sweeps it once. UserError: it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _unwritable(folder, error) from error
+    if folder not in _swept:
+        _swept.add(folder)
+        sweep(folder)
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file of the cache whole or not at all. UserError: it cannot be written."""
+    """Writes a file of the cache, sealed, whole or not at all. UserError: it cannot be written."""
     make(path.parent)
     try:
-        write_whole(path, lambda stream: stream.write(content))
+        write_whole(path, lambda stream: (stream.write(_seal(content)), stream.write(content)))
     except OSError as error:
         raise _unwritable(path.parent, error) from error
+
+
+def read(path: Path) -> bytes | None:
+    """The content of a file that `write` wrote; None where there is none, or none that is whole, which is deleted."""
+    try:
+        with path.open("rb") as stream:
+            seal, content = stream.read(len(_seal(b""))), stream.read()
+    except OSError:
+        return None
+    if seal == _seal(content):
+        return content
+    _say(path, "all of it")
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _seal(content: bytes) -> bytes:
+    """The first line of a file: its kind and version, and the hash of what follows."""
+    return f"mpq-cache 1 {hashlib.sha256(content).hexdigest()}\n".encode()
+
+
+def _line(result: str) -> bytes:
+    """The line of a result, which begins with a hash of it."""
+    return f"{hashlib.sha256(result.encode()).hexdigest()[:16]} {result}\n".encode()
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """The size of a file without what a killed writer has left of a last line."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read(1) in (b"\n", b""):
+        return size
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1
+
+
+def _parse(content: bytes) -> tuple[list[tuple[str, object]], list[bytes], int]:
+    """Results by name, their lines, and the number of other lines that were written whole."""
+    found: list[tuple[str, object]] = []
+    sound = []
+    *lines, _ = content.split(b"\n")  # behind the last newline is what a killed writer has torn
+    for line in lines:
+        try:
+            text = line.decode()[17:]
+            if _line(text) != line + b"\n":
+                continue
+            name, value = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        found.append((name, value))
+        sound.append(line + b"\n")
+    return found, sound, len(lines) - len(sound)
+
+
+def _say(path: Path, what: str) -> None:
+    text = f"the cache file {path} was damaged: {what} is thrown away, and made again where it is needed"
+    warnings.warn(text, Notice, stacklevel=3)
 
 
 def _unwritable(where: Path, error: OSError) -> UserError:

@@ -14,6 +14,10 @@ class BudgetError(UserError):
     """A budget is below the smallest value that any allocation reaches."""
 
 
+class Notice(UserWarning):
+    """A warning of ours: what went otherwise than a user would expect; the command line prints it as a note."""
+
+
 def named(names: Sequence[str], shown: int = 3) -> str:
     """The first of some names, for a sentence, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""

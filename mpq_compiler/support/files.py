@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from types import FrameType
+from typing import IO, Any, BinaryIO, cast
 
 from mpq_compiler.support.errors import UserError
 
@@ -25,7 +32,7 @@ def check_place(path: Path) -> None:
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Writes a file atomically: `fill` writes a temporary file beside `path`, which is then renamed.
+    """Writes a file atomically: `fill` writes a temporary file beside `path`, which is synced and renamed.
 
     A symbolic link stays one: its target is replaced. A pipe or device is written to directly.
     """
@@ -34,13 +41,11 @@ def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
         with path.open("wb") as stream:
             fill(stream)
         return
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as stream:
+    with _partial(path, _new_file) as made:
+        with made.open("wb") as stream:
             fill(stream)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+            sync(stream)
+        made.replace(path)
 
 
 @contextmanager
@@ -50,16 +55,138 @@ def beside(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the file system refuses to write, there or within the block.
     """
-    scratch = None
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
-        yield scratch
+        with _partial(path, _new_folder) as scratch:
+            yield scratch
     except OSError as error:
         hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
         raise UserError(f"cannot write {path}: {error.strerror}; {hint}") from error
+
+
+def put(new: Path, path: Path, scratch: Path) -> None:
+    """Puts a file or folder at `path`, in one step; what was there moves to `scratch`, a folder of `beside`.
+
+    Where the system cannot exchange two names, a folder's old one goes first: a run that is killed in between leaves it
+    in `scratch`, from where `sweep` takes it back.
+    """
+    with uninterrupted():
+        if not os.path.lexists(path) or (new.is_file() and path.is_file()):
+            os.replace(new, path)
+        elif not _exchanged(new, path):
+            os.rename(path, scratch / PREVIOUS)
+            try:
+                os.rename(new, path)
+            except OSError:
+                os.rename(scratch / PREVIOUS, path)
+                raise
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the names are on the disk, too
+        finally:
+            os.close(folder)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writers of files and folders have left in a folder, of a name or of all.
+
+    Writers that live hold a lock on what they write. What one has taken from its place and not replaced returns there.
+    """
+    with suppress(OSError):
+        left = [folder / entry for entry in os.listdir(folder) if (found := _PARTIAL.fullmatch(entry))
+                and name in (None, found["name"])]  # fmt: skip
+        for each in left:
+            with suppress(OSError), uninterrupted():
+                lock = os.open(each, os.O_RDONLY | os.O_NOFOLLOW)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    place = folder / cast(re.Match[str], _PARTIAL.fullmatch(each.name))["name"]
+                    if not os.path.lexists(place) and os.path.lexists(each / PREVIOUS):
+                        os.rename(each / PREVIOUS, place)
+                    _remove(each)
+                finally:
+                    os.close(lock)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keeps Ctrl-C and SIGTERM back until the block has ended; of the main thread, which alone they interrupt."""
+    came: list[tuple[int, FrameType | None]] = []
+    before: dict[int, Callable[[int, FrameType | None], object]] = {}
+    if threading.current_thread() is threading.main_thread():
+        for each in (signal.SIGINT, signal.SIGTERM):
+            if callable(handler := signal.getsignal(each)):  # else it ends the process or does nothing
+                before[each] = handler
+                signal.signal(each, lambda *got: came.append(got))
+    try:
+        yield
     finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number, frame in came[:1]:
+            before[number](number, frame)
+
+
+PREVIOUS = "previous"
+"""What a folder of `beside` holds of the one that was in its place."""
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.partial")
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+@contextmanager
+def _partial(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
+    """What is to become `path`, beside it, locked as long as this process writes it, and removed at the end."""
+    with uninterrupted():
+        made, lock = _locked(path, make)
+    try:
+        yield made
+    finally:
+        with uninterrupted():
+            _remove(made)
+            os.close(lock)
+
+
+def _locked(path: Path, make: Callable[[Path], Path]) -> tuple[Path, int]:
+    while True:
+        made = make(path)
+        try:
+            lock = os.open(made, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another process has swept it before it was locked
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.stat(made), os.fstat(lock)):
+                return made, lock
+        except (BlockingIOError, FileNotFoundError):
+            pass  # likewise
+        except OSError:
+            return made, lock  # a file system without locks: nobody sweeps there, either
+        os.close(lock)
+
+
+def _new_folder(path: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+
+
+def _new_file(path: Path) -> Path:
+    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # as umask says, which threads share
+    return made
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two names have been exchanged in one step, which not every system and file system can."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:
+        return False
+    return bool(rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0)
 
 
 def sha256(path: str | Path) -> str:

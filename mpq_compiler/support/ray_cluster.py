@@ -154,7 +154,11 @@ class RayCluster(Generic[Large]):
         items: Iterable[_Item],
         ended: Callable[[_Item, _Result], None] = unheard,
     ) -> list[_Result]:
-        """Calls ``task(shared, item)`` for every item on the cluster (`RunContext.tasks`)."""
+        """Calls ``task(shared, item)`` for every item on the cluster (`RunContext.tasks`).
+
+        Where one fails, the few that were sent ahead go on until they or the connection end. They are not cancelled: in
+        Ray that races with their own ends, and now and then aborts this process (`submissible_tasks_`, in 2.60 still).
+        """
         waiting: dict[ray.ObjectRef[_Packed], tuple[int, _Item]] = {}
         results: dict[int, _Result] = {}
         left = enumerate(items)
@@ -182,9 +186,6 @@ class RayCluster(Generic[Large]):
                 "process or machine died, for lack of memory perhaps; give machines more, or fewer CPUs (`ray start "
                 "--num-cpus`)"
             ) from error
-        finally:
-            for ref in waiting:
-                ray.cancel(ref, force=True)
 
     def _ahead(self) -> int:
         """The most items that are sent and have not come back. UserError: no machine is left."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.program import PLANNED, TIME_GROUPS, Program
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization import kept_files
 from mpq_compiler.quantization.statistics import arithmetic
 from mpq_compiler.support import cache
 from mpq_compiler.training.data import BATCH, Data
@@ -128,29 +129,23 @@ class Kept:
     FACTS = ("step", "usual", "before", "least", "best_step", "diverged")
 
     def __init__(self, key: str, session: Session) -> None:
-        self.path = cache.folder(session.cache) / "training" / f"{key}.safetensors"
+        self.path = cache.folder(session.cache) / "training" / key
 
     def load(self) -> State | None:
         """The saved state; None where there is none that can be read."""
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(self.path, "pt") as file:
-                facts = json.loads(file.metadata()["state"])
-                found: dict[str, dict[str, Tensor]] = {part: {} for part in self.PARTS}
-                for name in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                    part, _, of = name.partition("/")
-                    found[part][of] = file.get_tensor(name)
-        except (OSError, SafetensorError, KeyError, ValueError):
+            tensors, text = kept_files.read(self.path)
+        except FileNotFoundError:
             return None
+        found: dict[str, dict[str, Tensor]] = {part: {} for part in self.PARTS}
+        for name, tensor in tensors.items():
+            part, _, of = name.partition("/")
+            found[part][of] = tensor.clone()  # in memory, where steps change it
         parts = (found["thetas"], found["first"], found["second"], found["best"], found["memory"])
-        return State(*parts, **facts)
+        return State(*parts, **json.loads(text))
 
     def save(self, state: State) -> None:
         """Writes the state, whole or not at all."""
-        from safetensors.torch import save
-
         tensors = {f"{part}/{name}": t for part in self.PARTS for name, t in getattr(state, part).items()}
         copies = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}  # none is there twice
-        facts = json.dumps({name: getattr(state, name) for name in self.FACTS})
-        cache.write(self.path, save(copies, {"state": facts}))
+        kept_files.write(self.path, copies, json.dumps({name: getattr(state, name) for name in self.FACTS}))

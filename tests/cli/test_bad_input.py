@@ -542,7 +542,7 @@ def test_ctrl_c_leaves_nothing_but_the_cache(few_layers: Path, few: tuple[str, .
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        done = list(cache.glob("sensitivity/*.jsonl"))
+        done = list(cache.glob("sensitivity/*.results"))
         if done and len(done[0].read_text().splitlines()) > 2:
             break
         time.sleep(0.02)
@@ -552,10 +552,10 @@ def test_ctrl_c_leaves_nothing_but_the_cache(few_layers: Path, few: tuple[str, .
     assert "Traceback" not in error
     assert not output.exists()
     assert {p.name for p in tmp_path.iterdir()} == {"cache"}
-    (file,) = cache.glob("sensitivity/*.jsonl")
+    (file,) = cache.glob("sensitivity/*.results")
     before = len(file.read_text().splitlines())
     assert mpqc.main(arguments) == 0
-    names = [json.loads(line)[0] for line in file.read_text().splitlines()]
+    names = [json.loads(line[17:])[0] for line in file.read_text().splitlines()]
     assert len(names) == len(set(names)) > before
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,8 @@ import pytest
 import torch
 from torch import fx
 
-from mpq_compiler.backends.tvm import inspect, lowering
-from mpq_compiler.backends.tvm.build import compile_objects
+from mpq_compiler.backends.tvm import build, inspect, lowering
+from mpq_compiler.backends.tvm.compile.objects import Objects
 from mpq_compiler.backends.tvm.compile.worker import Worker
 from mpq_compiler.backends.tvm.plan.calls import Kernel, Lowered
 from mpq_compiler.ir import ops, stored_tensors
@@ -67,11 +68,15 @@ def running(model: Model) -> Iterator[inspect.Runner]:
         pytest.skip("not this machine's target")
     stored = stored_tensors.stored(program(model))
 
-    def compiled(kernels: Mapping[Kernel, str], workers: Sequence[Worker]) -> list[Path]:
-        return [*compile_objects(kernels, row, workers, cache=packed.kernel_cache()).values()]
+    with tempfile.TemporaryDirectory() as folder:
+        objects = Objects(row, build.sources(), Path(folder), packed.kernel_cache())
 
-    with inspect.runner(row, {name: each.array for name, each in stored.items()}, compiled, 2) as runner:
-        yield runner
+        def compiled(kernels: Mapping[Kernel, str], workers: Sequence[Worker]) -> list[Path]:
+            objects.compile(kernels, workers)
+            return [*map(objects.path, kernels)]
+
+        with inspect.runner(row, {name: each.array for name, each in stored.items()}, compiled, 2) as runner:
+            yield runner
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mpq_compiler.artifact import bundle
+from mpq_compiler.artifact import bundle, interface
 from mpq_compiler.targets.table import Target, resolve
 
 WIDTH = 16
@@ -73,13 +73,19 @@ def build(path: Path, target: str = "native", tensors: Mapping[str, np.ndarray] 
     }
 
     def kernels(path: Path) -> None:
-        library(sizes, resolved, path)
+        library(sizes, resolved, path, stated(manifest, tensors))
 
     return bundle.write(path, manifest, {bundle.KERNELS: kernels, bundle.IR: b""}, tensors)
 
 
-def library(sizes: list[tuple[str, int, int]], target: Target, path: Path) -> None:
-    """Writes kernels.so."""
+def stated(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray] = TENSORS) -> str:
+    """The hash of the interface that the manifest describes."""
+    types = {name: (str(tensor.dtype), tensor.shape) for name, tensor in tensors.items()}
+    return interface.digest(manifest["functions"], [], manifest["prepare"], types)
+
+
+def library(sizes: list[tuple[str, int, int]], target: Target, path: Path, stated: str) -> None:
+    """Writes kernels.so, which states the hash of its interface."""
     import tvm
     from tvm import relax
     from tvm.script import tirx as T
@@ -142,7 +148,7 @@ def library(sizes: list[tuple[str, int, int]], target: Target, path: Path) -> No
                     builder.emit(relax.call_tir(kernel, arguments, tensor(batch, height, WIDTH)))
                 )
             builder.emit_func_output(output)
-    export(tvm.compile(builder.get(), tvm.target.Target(dict(target.tvm))).mod, target, path)
+    export(tvm.compile(builder.get(), tvm.target.Target(dict(target.tvm))).mod, target, path, (), stated)
 
 
 if __name__ == "__main__":

@@ -325,7 +325,7 @@ def test_losses_are_measured_again_around_a_plan_that_they_misjudge(misjudged, t
 def test_a_plan_that_its_losses_judge_well_is_kept(tmp_path):
     program, session = programs.after(MODEL, "sensitivity"), Session(programs.denoiser(MODEL), cache=tmp_path)
     once, again = (together(program, session, rounds=rounds) for rounds in (0, 3))
-    assert once.facts[ALLOCATION] == again.facts[ALLOCATION] and not [*tmp_path.rglob("*.jsonl")]
+    assert once.facts[ALLOCATION] == again.facts[ALLOCATION] and not [*tmp_path.rglob("*.results")]
 
 
 def test_a_plan_measured_again_that_has_more_noise_is_dropped(misjudged, tmp_path, monkeypatch):

@@ -146,7 +146,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, evaluations):
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert total // 2 < _lines(tmp_path / "killed") < total
-    (file,) = (tmp_path / "killed").rglob("*.jsonl")
+    (file,) = (tmp_path / "killed").rglob("*.results")
     with file.open("a") as torn:
         torn.write('["w torn')  # what a kill in the middle of a line leaves
     evaluations[0] = 0
@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, evaluations):
 
 
 def _lines(folder: Path) -> int:
-    return sum(file.read_bytes().count(b"\n") for file in folder.rglob("*.jsonl"))
+    return sum(file.read_bytes().count(b"\n") for file in folder.rglob("*.results"))
 
 
 def test_a_given_table_is_used(evaluations):

@@ -123,9 +123,9 @@ def test_inputs_that_are_known_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(Probes, "powers", counting)
     first = losses(PASS, program, tmp_path)
     assert sorted(runs) == [0, 1, 2]
-    (file,) = (tmp_path / "sensitivity").glob("*.jsonl")
+    (file,) = (tmp_path / "sensitivity").glob("*.results")
     lines = file.read_text().splitlines()
-    file.write_text("\n".join(line for line in lines if json.loads(line)[0].endswith("input 0")) + '\n["torn')
+    file.write_text("\n".join(line for line in lines if json.loads(line[17:])[0].endswith("input 0")) + '\n["torn')
     runs.clear()
     assert losses(PASS, program, tmp_path) == first and sorted(runs) == [1, 2]
     runs.clear()

@@ -129,7 +129,7 @@ def test_an_overwritten_artifact_runs_its_new_code(tmp_path):
     target = targets.resolve("native")
 
     def kernels(path: Path) -> None:
-        relax_artifact.library(sizes, target, path)
+        relax_artifact.library(sizes, target, path, relax_artifact.stated(manifest))
 
     bundle.write(
         tmp_path / "a.mpq", manifest, {"kernels.so": kernels}, relax_artifact.TENSORS, overwrite=True

@@ -34,7 +34,9 @@ PAGE = 4096
 _LINK = ("-Wl,--strip-all", "-Wl,--build-id=none", "-Wl,-z,noexecstack")
 
 
-def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path) -> dict[str, int]:
+def link(
+    lowered: Lowered, target: Target, objects: Sequence[Path], output: Path, interface: str
+) -> dict[str, int]:
     """Writes the library of a plan.
 
     Its bytes depend on the plan, the objects and the versions of TVM and the linker, not on any path.
@@ -44,6 +46,7 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
         target: decides the linker.
         objects: the object file of each kernel.
         output: the library to write.
+        interface: the hash that it states (`artifact.interface`).
 
     Returns:
         The memory that each function holds, in bytes (`held_bytes`).
@@ -61,9 +64,9 @@ def link(lowered: Lowered, target: Target, objects: Sequence[Path], output: Path
     executable = _vmlink(builder, tvm.target.Target(dict(target.host)), tir_mod=tvm.IRModule({"mpq_library": anchor}))
     if target.is_cuda:
         modules = [path.with_suffix(DEVICE).read_bytes() for path in objects]
-        export_cuda(executable.mod, target, output, objects, modules)
+        export_cuda(executable.mod, target, output, objects, modules, interface)
     else:
-        export(executable.mod, target, output, objects)
+        export(executable.mod, target, output, objects, interface)
     functions = {name.name_hint: f for name, f in plain.functions.items() if isinstance(f, relax.Function)}
     return {name: held_bytes(function) for name, function in functions.items()}
 
@@ -75,16 +78,23 @@ def held_bytes(function: relax.Function) -> int:
     return sum(-(-int(block.args[0].values[0]) // PAGE) * PAGE for block in blocks)
 
 
-def export(compiled: Any, target: Target, output: Path, objects: Sequence[Path] = ()) -> None:
+def export(compiled: Any, target: Target, output: Path, objects: Sequence[Path], interface: str) -> None:
     """Writes the library of a compiled module and further objects, with a thread pool of its own (mpq_pool.c)."""
     compiler, options = linker(target), list(_LINK)
     with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
         pool = compile_pool(target, Path(folder, "pool.o"), "-c")
-        addons = [str(path) for path in (*objects, pool)]
+        addons = [str(path) for path in (*objects, pool, _compile_interface(target, Path(folder), interface))]
         compiled.export_library(str(output), fcompile=cc.cross_compiler(compiler, options=options), addons=addons)
 
 
-def export_cuda(compiled: Any, target: Target, output: Path, objects: Sequence[Path], modules: Sequence[bytes]) -> None:
+def export_cuda(
+    compiled: Any,
+    target: Target,
+    output: Path,
+    objects: Sequence[Path],
+    modules: Sequence[bytes],
+    interface: str,
+) -> None:
     """Writes the library of a compiled module for a GPU.
 
     Args:
@@ -93,6 +103,7 @@ def export_cuda(compiled: Any, target: Target, output: Path, objects: Sequence[P
         output: the library to write.
         objects: the objects that launch kernels.
         modules: the kernels' modules, as the runtime reads them.
+        interface: the hash that the library states.
     """
     imports = Imports.of(compiled)
     for module in modules:
@@ -102,7 +113,7 @@ def export_cuda(compiled: Any, target: Target, output: Path, objects: Sequence[P
         own, packed = Path(folder, "library.o"), Path(folder, "imports.o")
         library.write_to_file(str(own))
         imports.write_object(packed, linker(target))
-        files = [str(path) for path in (own, packed, *objects)]
+        files = [str(path) for path in (own, packed, *objects, _compile_interface(target, Path(folder), interface))]
         command = [linker(target), "-shared", "-fPIC", *_LINK, *files, "-o", str(output)]
         subprocess.run(command, check=True, capture_output=True)
 
@@ -112,6 +123,14 @@ def compile_pool(target: Target, output: Path, kind: str) -> Path:
     source = Path(__file__).parents[1] / "standalone" / "mpq_pool.c"
     command = [linker(target), "-std=gnu11", "-O2", "-fPIC", kind, str(source), "-o", str(output)]
     subprocess.run(command, check=True, capture_output=True)
+    return output
+
+
+def _compile_interface(target: Target, folder: Path, interface: str) -> Path:
+    """The object by which a library states its interface (mpq_interface.c)."""
+    source, output = Path(__file__).parents[1] / "standalone" / "mpq_interface.c", folder / "interface.o"
+    command = [linker(target), "-std=gnu11", "-O2", "-fPIC", f'-DINTERFACE="{interface}"', "-c", str(source)]
+    subprocess.run([*command, "-o", str(output)], check=True, capture_output=True)
     return output
 
 

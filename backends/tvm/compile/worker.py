@@ -150,11 +150,11 @@ def _cudart(target: Any, output: str) -> None:
     compile_cudart(target, Path(output))
 
 
-def _link(lowered: Any, target: Any, objects: list[str], output: str) -> dict[str, int]:
+def _link(lowered: Any, target: Any, objects: list[str], output: str, interface: str) -> dict[str, int]:
     from mpq_compiler.backends.tvm.compile.link import link
 
     tempfile.tempdir = str(Path(output).parent)  # what TVM leaves there goes with the parent's folder
-    return link(lowered, target, [Path(p) for p in objects], Path(output))
+    return link(lowered, target, [Path(p) for p in objects], Path(output), interface)
 
 
 def _standalone(

@@ -130,7 +130,7 @@ def test_layers_in_bfloat16(tmp_path):
     target = targets.resolve("cuda")
     built = build(program, target, (2,), cache=tmp_path)
     assert not built.features
-    products = [m for m in tmp_path.glob(f"kernels/*{machine_code.DEVICE}") if "f32_bf16_bf16_f32" in _source(m)]
+    products = [m for m in emulator.modules(tmp_path) if "f32_bf16_bf16_f32" in _source(m)]
     assert len(products) == 4
     templates = {each.template for each in keep_codes(lower(program, (2,), hoisted=False)).kernels()}
     assert {"pack", "float_gemm", "pack_codes", "weight_only"} <= templates and "dequantize" not in templates
@@ -179,7 +179,7 @@ def for_all(tmp_path_factory):
 def test_machine_code_for_all_architectures(for_all, name, tmp_path):
     """Products are on integer tensor cores, four instructions of them at least, and no kernel of them spills."""
     products = 0
-    for module in sorted(for_all(name)[1].glob(f"kernels/*{machine_code.DEVICE}")):
+    for module in emulator.modules(for_all(name)[1]):
         if "mma_int_sync" not in _source(module):
             continue
         products += 1

@@ -53,15 +53,11 @@ def server(tmp_path_factory):
     return compiled("fashion-unet", "cuda12-sm80", "portable", tmp_path_factory.mktemp("server"))
 
 
-def modules(cache: Path) -> list[Path]:
-    return sorted(cache.glob(f"kernels/*{machine_code.DEVICE}"))
-
-
 def test_every_kernel_is_machine_code_of_cuda_12_for_the_jetson(jetson, tmp_path):
     """And as good as nvcc's: on tensor cores, no register spilled."""
-    assert len(modules(jetson[1])) > 20
+    assert len(emulator.modules(jetson[1])) > 20
     integers = floats = 0
-    for module in modules(jetson[1]):
+    for module in emulator.modules(jetson[1]):
         code = tmp_path / "kernel.cubin"
         code.write_bytes(data := emulator.code_of(module))
         assert (data[7], data[8], data[48]) == (0x33, 7, 87)  # EI_OSABI, EI_ABIVERSION; of e_flags the level
@@ -85,7 +81,7 @@ def test_what_goes_to_the_jetson(jetson):
 
 def test_the_same_bytes_again(server, tmp_path):
     """Of machine code and of the library that stands for CUDA 13's, wherever they are made."""
-    module = min(modules(server[1]), key=lambda path: path.stat().st_size)
+    module = min(emulator.modules(server[1]), key=lambda path: path.stat().st_size)
     assert nvrtc.cubin(module.with_suffix(machine_code.SOURCE).read_text(), "80") == emulator.code_of(module)
     compile_cudart(targets.resolve("cuda12-sm80"), tmp_path / "other.so")
     assert (tmp_path / "other.so").read_bytes() == (server[0] / CUDART).read_bytes()

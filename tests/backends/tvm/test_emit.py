@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import operator
-import os
 import shutil
 import types
 from collections import Counter
@@ -398,19 +397,8 @@ def test_a_full_disk_is_not_taken_for_a_kernel_that_fails(tmp_path, monkeypatch)
     target = targets.resolve("x86-64-avx512vnni")
     options = {key: value for key, value in target.tvm.items() if key != "mattr"}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=1000))
-    with pytest.raises(UserError, match="no space left in the cache"):
+    with pytest.raises(UserError, match="no space left in the folder for temporary files"):
         compile_library(one_kernel(GEMM), dataclasses.replace(target, tvm=options), cache=tmp_path)
-
-
-def test_what_killed_compilations_left_is_removed_after_a_day(tmp_path):
-    kernels = tmp_path / "kernels"
-    for name in ("old", "new"):
-        (kernels / f".partial-{name}").mkdir(parents=True)
-    (kernels / ".partial-old" / "kernel.o").write_bytes(b"half")
-    os.utime(kernels / ".partial-old", (0, 0))
-    with pytest.raises(UserError, match="linked"):  # one kernel is no denoiser
-        compile_library(one_kernel(GEMM), targets.resolve("x86-64-avx2"), cache=tmp_path)
-    assert {path.name for path in kernels.iterdir() if path.is_dir()} == {".partial-new"}
 
 
 def test_unknown_operators_are_named():

@@ -16,8 +16,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load
 
+from mpq_compiler.backends.tvm.compile.objects import KIND
 from mpq_compiler.backends.tvm.toolchain import machine_code
+from mpq_compiler.support import cache as caches
 from tests.harness.cuda import silicon
 
 HERE = Path(__file__).parent
@@ -173,9 +176,22 @@ def code_of(module: Path) -> bytes:
     return data[data.rindex(begin) :]
 
 
+def modules(cache: Path) -> list[Path]:
+    """The kernels' modules that a compilation has left in its cache, unpacked, with their sources beside them."""
+    unpacked, found = cache / "unpacked", []
+    unpacked.mkdir(exist_ok=True)
+    for file in sorted(path for path in (cache / KIND).iterdir() if path.is_file()):
+        content = caches.read(file)
+        assert content is not None
+        for suffix, data in load(content).items():
+            (unpacked / f"{file.name}{suffix}").write_bytes(data.tobytes())
+        found.append(unpacked / f"{file.name}{machine_code.DEVICE}")
+    return found
+
+
 def emulate(cache: Path, folder: Path) -> None:
     """Fills a folder for MPQ_EMULATED: emulated kernels for all that a compilation has left in its cache."""
-    for module in sorted(cache.glob(f"kernels/*{machine_code.DEVICE}")):
+    for module in modules(cache):
         code = code_of(module)
         source = module.with_suffix(machine_code.SOURCE).read_text()
         (folder / f"{_fnv1a(code):016x}.so").write_bytes(compiled(source))
