@@ -152,16 +152,16 @@ def public_key(key: Key) -> bytes:
     return found.public_bytes_raw()
 
 
-def key_file(path: Key) -> bytes:
-    """The content of a file with a key. UserError: it cannot be read, or is larger than any."""
+def key_file(path: Key, what: str = "key") -> bytes:
+    """The content of a file with a key, or with its passphrase. UserError: it cannot be read, or is larger than any."""
     try:
         with Path(path).open("rb") as stream:
             content = stream.read(_MAX_KEY + 1)
     except (OSError, ValueError) as error:  # ValueError: a name with a NUL
         why = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the key {path}: {why}") from error
+        raise UserError(f"cannot read the {what} {path}: {why}") from error
     if len(content) > _MAX_KEY:
-        raise UserError(f"{path} holds no key: it has more than {_MAX_KEY} bytes")
+        raise UserError(f"{path} holds no {what}: it has more than {_MAX_KEY} bytes")
     return content
 
 

@@ -116,7 +116,7 @@ def private_key(path: str | os.PathLike[str], passphrase: bytes | None = None) -
 
 def passphrase_of(path: str | os.PathLike[str]) -> bytes:
     """The first line of a file. UserError: it cannot be read, or is empty."""
-    if not (line := signature.key_file(path).partition(b"\n")[0].removesuffix(b"\r")):
+    if not (line := signature.key_file(path, "passphrase").partition(b"\n")[0].removesuffix(b"\r")):
         raise UserError(f"{path} holds no passphrase: its first line is empty")
     return line
 
