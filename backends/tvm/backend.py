@@ -56,6 +56,7 @@ class TvmBackend:
             workers=request.workers,
             tune=request.tune,
             emit=request.emit,
+            owner=request.owner,
             instruments=request.instruments,
             fresh=request.fresh,
         )

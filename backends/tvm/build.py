@@ -43,6 +43,7 @@ def build(
     workers: Sequence[Worker] | None = None,
     tune: bool = False,
     emit: str | None = None,
+    owner: str = "",
     instruments: Sequence[StageInstrument] = (),
     fresh: bool = False,
 ) -> Built:
@@ -51,8 +52,8 @@ def build(
     others: the program at other image sizes, with the batch sizes for each; they share the stored tensors.
     jobs: worker processes; workers: those of `standby`, in their place. cache: folder of compiled kernels (default:
     `cache.folder()`). None of them changes a byte. tune: search for the fastest tiles (`tune`). emit: "c" or
-    "machine", a program as well, without a runtime or with TVM's (`standalone`). instruments: look at every stage.
-    fresh: compile all kernels, though the cache holds some.
+    "machine", a program as well, without a runtime or with TVM's (`standalone`); owner: the key whose owner has to have
+    signed what it opens. instruments: look at every stage. fresh: compile all kernels, though the cache holds some.
     Slow forms are added to ``program.fallbacks``.
 
     UserError: a node that no kernel computes; a kernel that cannot be compiled; no linker; no room in the cache.
@@ -76,7 +77,7 @@ def build(
 
     def further(worker: Worker, made: Made) -> None:
         if emit:
-            beside.update(_standalone(lowered, target, tensors, worker, made, emit == "machine"))
+            beside.update(_standalone(lowered, target, tensors, worker, made, emit == "machine", owner))
         if target.is_cuda12:
             worker("cudart", target, str(path := made.library.with_name(CUDART)))
             beside[CUDART] = path.read_bytes()
@@ -268,9 +269,9 @@ def compile_library(
 
 
 def _standalone(
-    lowered: Lowered, target: Target, tensors: Mapping[str, Any], worker: Worker, made: Made, machine: bool
+    lowered: Lowered, target: Target, tensors: Mapping[str, Any], worker: Worker, made: Made, machine: bool, owner: str
 ) -> dict[str, bytes]:
-    """The files of a program, by name. machine: it runs on TVM's runtime."""
+    """The files of a program, by name. machine: it runs on TVM's runtime. owner: as for `build`."""
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
         weights = Path(scratch, WEIGHTS)
         with weights.open("wb") as stream:
@@ -279,7 +280,7 @@ def _standalone(
         folder.mkdir()
         try:
             places = tensorfile.places(tensors)
-            names = worker("standalone", folder, lowered, target, made, weights, places, machine)
+            names = worker("standalone", folder, lowered, target, made, weights, places, machine, owner)
         except (Crash, Failure) as error:
             raise UserError(f"the program for '{target.name}' cannot be linked: {error}; report the model") from error
         return {name: (folder / name).read_bytes() for name in names}

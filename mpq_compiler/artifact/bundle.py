@@ -23,7 +23,9 @@ from typing import Any, cast
 import numpy as np
 
 from mpq_compiler import schemas
+from mpq_compiler.artifact import signature
 from mpq_compiler.artifact.manifest import File, Manifest
+from mpq_compiler.artifact.signature import Signed, Trust
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import beside, check_place, put, sha256, sweep, sync, umask
@@ -112,7 +114,7 @@ def write(
     path = Path(path)
     check_output(path, overwrite)
     for name in files:
-        if not _NAME.fullmatch(name) or name in (MANIFEST, WEIGHTS):
+        if not _NAME.fullmatch(name) or name in (MANIFEST, WEIGHTS, signature.FILE):
             raise ValueError(f"'{name}' cannot be the name of a file of an artifact")
     with beside(path) as scratch:
         folder = scratch / path.name
@@ -205,13 +207,18 @@ def _zip(folder: Path) -> Path:
     with target.open("wb") as stream:
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
             for file in sorted(folder.iterdir()):
-                info = zipfile.ZipInfo(file.name, _EPOCH)
-                info.create_system = 3  # Unix, on any machine
-                info.external_attr = 0o100644 << 16
-                with file.open("rb") as source, archive.open(info, "w", force_zip64=True) as sink:
+                with file.open("rb") as source, archive.open(zip_entry(file.name), "w", force_zip64=True) as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
         sync(stream)
     return target
+
+
+def zip_entry(name: str) -> zipfile.ZipInfo:
+    """The entry of a file in a zip, which depends on its name alone."""
+    info = zipfile.ZipInfo(name, _EPOCH)
+    info.create_system = 3  # Unix, on any machine
+    info.external_attr = 0o100644 << 16
+    return info
 
 
 @dataclass(frozen=True)
@@ -229,27 +236,54 @@ class Artifact:
             raise UserError(f"{self.path} has no {name}: an artifact of this kind needs it; compile it again")
         return self.folder / name
 
+    @property
+    def is_signed(self) -> bool:
+        """Whether there is a signature, right or wrong: only `read` with a key tells."""
+        return ((whole_of(self.path) or self.folder) / signature.FILE).is_file()
+
     def tensors(self) -> dict[str, np.ndarray]:
         """The stored tensors by name, mapped: nothing is read before it is used."""
         return tensorfile.load(self.file(WEIGHTS))
 
 
-def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
+def whole_of(path: Path) -> Path | None:
+    """The folder of the pipeline that an artifact is a part of; None: of none."""
+    folder = Path(os.path.abspath(path)).parent
+    return folder if (folder / PIPELINE).is_file() else None
+
+
+def _signed(path: Path, key: Trust | None) -> Signed | None:
+    """What the owner of a key signed of an artifact in a folder; a part's signature is that of its pipeline."""
+    if key is None or isinstance(key, Signed):
+        return key
+    if (whole := whole_of(path)) is not None:
+        return signature.read(whole, whole, key).part(Path(os.path.abspath(path)).name)
+    return signature.read(path, path, key)
+
+
+def read_manifest(folder: str | os.PathLike[str], key: Trust | None = None) -> Manifest:
     """The manifest of an artifact's folder, verified itself; no other file is looked at. UserError: as `read`."""
-    return cast(Manifest, _read_manifest(Path(folder), Path(folder)))
+    folder = Path(folder)
+    return cast(Manifest, _read_manifest(folder, folder, _signed(folder, key)))
 
 
-def read(path: str | os.PathLike[str]) -> Artifact:
+def read(path: str | os.PathLike[str], key: Trust | None = None) -> Artifact:
     """Opens and verifies an artifact: the version, the manifest, the set of files, and the hash of each.
+
+    Args:
+        path: a folder or a zip.
+        key: the public key of its owner, who has to have signed every byte: in hexadecimal, or a file with it. Without
+            one a signature is not looked at.
 
     Raises:
         UserError: no such path, not an artifact, made by another version, truncated, altered, a file missing or too
-            many.
+            many; with a key, no signature, or not one of its owner over these bytes.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            return _verified(Artifact(path, path, _read_manifest(path, path)))
+            signed = _signed(path, key)
+            return _verified(Artifact(path, path, _read_manifest(path, path, signed)), signed)
         if not path.exists():
             raise UserError(f"there is no artifact {path}")
         if not zipfile.is_zipfile(path):
@@ -258,8 +292,8 @@ def read(path: str | os.PathLike[str]) -> Artifact:
             )
         scratch = Path(tempfile.mkdtemp(prefix="mpq-"))
         keeper = _Scratch(scratch)
-        _unzip(path, scratch)
-        return _verified(Artifact(path, scratch, _read_manifest(scratch, path), [keeper]))
+        signed = _unzip(path, scratch, key)
+        return _verified(Artifact(path, scratch, _read_manifest(scratch, path, signed), [keeper]), signed)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -275,7 +309,7 @@ def _altered(path: Path, what: str) -> UserError:
     return UserError(f"{path} is damaged: {what}; copy or compile it again")
 
 
-def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
+def _read_manifest(folder: Path, path: Path, signed: Signed | None) -> dict[str, Any]:
     file = folder / MANIFEST
     if (folder / PIPELINE).is_file():
         raise UserError(f"{path} is a pipeline of several artifacts: name one of its parts, such as {path}/unet")
@@ -285,6 +319,8 @@ def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
         text = stream.read(_MAX_MANIFEST + 1)
     if len(text) > _MAX_MANIFEST:
         raise _altered(path, f"its {MANIFEST} is larger than any manifest is")
+    if signed is not None:
+        signed.require(MANIFEST, text)
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -313,9 +349,11 @@ def _read_manifest(folder: Path, path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _verified(artifact: Artifact) -> Artifact:
+def _verified(artifact: Artifact, signed: Signed | None) -> Artifact:
     expected = artifact.manifest["files"]
-    present = {entry.name for entry in artifact.folder.iterdir()}
+    present = {entry.name for entry in artifact.folder.iterdir()} - {signature.FILE}
+    if signed is not None:
+        signed.require_names(present)
     if missing := sorted(expected.keys() - present):
         raise _altered(artifact.path, f"{missing[0]} is missing")
     if extra := sorted(present - expected.keys() - {MANIFEST}):
@@ -329,11 +367,17 @@ def _verified(artifact: Artifact) -> Artifact:
             raise _altered(artifact.path, f"{name} is truncated ({size} of {entry['bytes']} bytes)")
         if size > entry["bytes"] or sha256(file) != entry["sha256"]:
             raise _altered(artifact.path, f"{name} was altered after it was written")
+        if signed is not None:
+            signed.require(name, file)
     return artifact
 
 
-def _unzip(path: Path, folder: Path) -> None:
-    """Unpacks the files of a zip, or of the one folder in it, and no more bytes than the manifest states."""
+def _unzip(path: Path, folder: Path, key: Trust | None) -> Signed | None:
+    """Unpacks the files of a zip, or of the one folder in it, and no more bytes than the manifest states.
+
+    Returns what the owner of the key signed; without a key None.
+    """
+    signed = None
     try:
         with zipfile.ZipFile(path) as archive:
             entries = [info for info in archive.infolist() if not info.is_dir()]
@@ -343,8 +387,9 @@ def _unzip(path: Path, folder: Path) -> None:
                 raise UserError(f"{path} is not an artifact: it has no {MANIFEST}")
             if len(roots) != 1 or "/" in next(iter(roots)) or len({*names}) != len(names):
                 raise _altered(path, "it holds more than the files of one artifact")
-            limits = {MANIFEST: _MAX_MANIFEST}
-            for info, name in sorted(zip(entries, names, strict=True), key=lambda pair: pair[1] != MANIFEST):
+            limits = {signature.FILE: signature.MAX_BYTES, MANIFEST: _MAX_MANIFEST}
+            turn = {name: number for number, name in enumerate(limits)}
+            for info, name in sorted(zip(entries, names, strict=True), key=lambda pair: turn.get(pair[1], len(turn))):
                 if not _NAME.fullmatch(name):
                     raise _altered(path, f"it holds {name!r}, which does not belong to it")
                 if info.file_size > limits.get(name, -1):
@@ -353,7 +398,10 @@ def _unzip(path: Path, folder: Path) -> None:
                 with archive.open(info) as source, (folder / name).open("wb") as sink:
                     shutil.copyfileobj(source, sink, 1 << 20)
                 if name == MANIFEST:
-                    manifest = _read_manifest(folder, path)
+                    if key is not None:
+                        signed = key if isinstance(key, Signed) else signature.read(folder, path, key)
+                    manifest = _read_manifest(folder, path, signed)
                     limits.update({file: entry["bytes"] for file, entry in manifest["files"].items()})
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise _altered(path, f"the zip cannot be read ({error})") from error
+    return signed

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 from mpq_compiler import schemas
-from mpq_compiler.artifact import bundle
-from mpq_compiler.artifact.manifest import File
+from mpq_compiler.artifact import bundle, signature
+from mpq_compiler.artifact.manifest import File, Manifest
+from mpq_compiler.artifact.signature import Key, Signed
 from mpq_compiler.sampling.call_tree import Tree
 from mpq_compiler.sampling.glue import GlueData
 from mpq_compiler.sampling.prompt_tokens import TokensData
@@ -173,6 +174,21 @@ class Pipeline:
 
     path: Path
     document: Document
+    signed: Signed | None = None
+    """What the owner of the key signed that it was read with; None without a key."""
+
+    @property
+    def is_signed(self) -> bool:
+        """Whether there is a signature, right or wrong."""
+        return (self.path / signature.FILE).is_file()
+
+    def signed_part(self, name: str) -> Signed | None:
+        """What of a part was signed; None without a key."""
+        return self.signed and self.signed.part(name)
+
+    def manifest(self, name: str) -> Manifest:
+        """The manifest of a part. UserError: there is none of that name, or it is not sound."""
+        return bundle.read_manifest(self.part(name), self.signed_part(name))
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -191,8 +207,11 @@ class Pipeline:
         return [name for name, part in self.document["parts"].items() if part["role"] == role]
 
     def text(self, name: str) -> str:
-        """The content of one of its files."""
-        return (self.path / name).read_text(encoding="utf-8")
+        """The content of one of its files. UserError: it is not what was signed."""
+        content = (self.path / name).read_bytes()
+        if self.signed is not None:
+            self.signed.require(name, content)
+        return content.decode()
 
     def require_part(self, name: str, digest: str) -> None:
         """Raises a UserError where the artifact that was found, by its SHA-256, is not that of the part."""
@@ -200,17 +219,34 @@ class Pipeline:
             raise UserError(f"{self.path / name} is another artifact than the pipeline was made with: compile it again")
 
 
-def read(path: str | os.PathLike[str]) -> Pipeline:
+def present(path: Path) -> set[str]:
+    """The names of all files of a pipeline but its signature, those of its parts behind the part's."""
+    folders = {entry.name: entry for entry in path.iterdir() if entry.is_dir()}
+    files = {entry.name for entry in path.iterdir()} - folders.keys() - {signature.FILE}
+    return files | {f"{name}/{entry.name}" for name, folder in folders.items() for entry in folder.iterdir()}
+
+
+def read(path: str | os.PathLike[str], key: Key | None = None) -> Pipeline:
     """Opens and verifies a pipeline: the document and the hash of each file beside its parts.
 
+    Args:
+        path: the folder.
+        key: the public key of its owner, who has to have signed every byte: in hexadecimal, or a file with it.
+
     Raises:
-        UserError: no pipeline, made by another version, altered, or a file or part missing.
+        UserError: no pipeline, made by another version, altered, or a file or part missing; with a key, no signature,
+            or not one of its owner over these bytes.
     """
     path = Path(path)
     if not is_pipeline(path):
         raise UserError(f"{path} is no pipeline: it has no {FILE}")
+    signed = None if key is None else signature.read(path, path, key)
     try:
+        if signed is not None:
+            signed.require_names(present(path))
         text = (path / FILE).read_bytes()
+        if signed is not None:
+            signed.require(FILE, text)
         document = json.loads(text)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged: its {FILE} cannot be read; copy or compile it again") from error
@@ -225,7 +261,9 @@ def read(path: str | os.PathLike[str]) -> Pipeline:
         file = path / name
         if Path(name).name != name or not file.is_file() or sha256(file) != entry["sha256"]:
             raise UserError(f"{path} is damaged: {name} is missing or was altered; copy or compile it again")
+        if signed is not None:
+            signed.require(name, file)
     for name in document["parts"]:
         if Path(name).name != name or not (path / name / bundle.MANIFEST).is_file():
             raise UserError(f"{path} is damaged: its part {name} is missing; copy or compile it again")
-    return Pipeline(path, document)
+    return Pipeline(path, document, signed)

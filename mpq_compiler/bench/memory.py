@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpq_compiler.artifact import bundle as artifacts
+from mpq_compiler.artifact.signature import Key
 from mpq_compiler.bench.subject import Subject
 from mpq_compiler.latency.timing import random_inputs
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import terminal
 
 
-def peak_memory(entries: Sequence[Subject], batch: int, threads: int) -> dict[str, int | None]:
-    """Peak resident bytes of a process of its own that loads each and calls it once."""
+def peak_memory(
+    entries: Sequence[Subject], batch: int, threads: int, key: Key | None = None
+) -> dict[str, int | None]:
+    """Peak resident bytes of a process of its own that loads each and calls it once; ``key`` is that of `load`."""
     found: dict[str, int | None] = {}
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
@@ -26,7 +29,7 @@ def peak_memory(entries: Sequence[Subject], batch: int, threads: int) -> dict[st
             continue
         code = "import sys; from mpq_compiler.bench import memory; memory.child(sys.argv[1])"
         asked = {"loader": entry.loader, "reference": entries[0].loader[1], "batch": batch, "threads": threads}
-        request = json.dumps(asked)
+        request = json.dumps(asked | {"key": None if key is None else os.fspath(key)})
         command = [sys.executable, "-P", "-c", code, request]  # -P: no modules of the folder that the user is in
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         found[entry.name] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
@@ -40,10 +43,10 @@ def child(request: str) -> None:
     """Load one subject, call it once, and print the peak resident bytes of its process."""
     asked = json.loads(request)
     kind, source = asked["loader"]
-    threads = asked["threads"]
-    inputs = random_inputs(artifacts.read(asked["reference"]).manifest, asked["batch"])
+    threads, key = asked["threads"], asked["key"]
+    inputs = random_inputs(artifacts.read(asked["reference"], key).manifest, asked["batch"])
     if kind == "artifact":
-        compiled_denoiser.load(source, threads).run(inputs)
+        compiled_denoiser.load(source, threads, key=key).run(inputs)
     else:
         from mpq_compiler.bench import baselines
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_compiler.artifact import bundle
+from mpq_compiler.artifact.signature import Key
 from mpq_compiler.bench.rows import middle
 from mpq_compiler.bench.subject import CONTROL, names_of
 from mpq_compiler.runtime.rpc import TIMES, Device, function_for, run_program, send_plans
@@ -15,14 +16,20 @@ from mpq_compiler.support.execution import require_counts, tracked
 
 
 def bench(
-    paths: Sequence[str | Path], address: str, threads: int = 1, batch: int = 1, rounds: int = 15, progress: Any = None
+    paths: Sequence[str | Path],
+    address: str,
+    threads: int = 1,
+    batch: int = 1,
+    rounds: int = 15,
+    progress: Any = None,
+    key: Key | None = None,
 ) -> dict[str, Any]:
     """Times of artifacts with a C program on a device, in turns; plain data (schemas/bench.json).
 
     UserError: an artifact without a C program, or without a function for the batch; what the device says.
     """
     require_counts(threads=threads, batch=batch, rounds=rounds)
-    opened = [bundle.read(path) for path in paths]
+    opened = [bundle.read(path, key) for path in paths]
     functions = [function_for(each, batch) for each in opened]
     ours, *others = names_of(paths)
     turns = [(ours, 0), (CONTROL, 0), *((name, n) for n, name in enumerate(others, 1))]

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from mpq_compiler.artifact.signature import Key
 from mpq_compiler.bench import baselines
 from mpq_compiler.bench.memory import peak_memory
 from mpq_compiler.bench.peak import peaks
@@ -49,6 +50,7 @@ def bench(
     memory: bool = True,
     progress: Any = None,
     latency_table: str | Path | None = None,
+    key: Key | None = None,
 ) -> dict[str, Any]:
     """Measures artifacts of one model, and returns plain data (schemas/bench.json).
 
@@ -57,16 +59,17 @@ def bench(
         against: peers, or variants of them (`baselines.PEERS`).
         model: the float model that the peers run, where the artifact's is no bundled one.
         latency_table: a file of `mpqc latency`, to hold the first artifact against.
+        key: the public key of whoever has to have signed the artifacts, as for `load`.
 
     UserError: fewer than one round, thread or sample, an unknown peer, an artifact that this machine cannot run, or
     that is of another model.
     """
     _require_possible(against, threads, batch, rounds)
-    loaded = [compiled_denoiser.load(path, threads, reuse_bytes=0) for path in paths]
+    loaded = [compiled_denoiser.load(path, threads, reuse_bytes=0, key=key) for path in paths]
     first = loaded[0]
     table = None if latency_table is None else load_table(latency_table, first, threads, batch)
     inputs = timing.random_inputs(first.manifest, batch)
-    ours = _artifacts(paths, loaded, inputs, threads)
+    ours = _artifacts(paths, loaded, inputs, threads, key)
     clock = _clock(paths[0], first, threads, against)
     source = baselines.source_of(model, first.manifest) if against else ""
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch, baselines.torch_threads(threads, bool(against)):
@@ -76,7 +79,7 @@ def bench(
             timing.require_timed_kernels(first, batch)
         look = functools.partial(timing.profile, first, inputs) if kernels else None
         times, profiles = _take_turns([*ours, *others, *machine.loops], rounds, look, progress)
-        peak_bytes = peak_memory([*ours, *others], batch, threads) if memory else {}
+        peak_bytes = peak_memory([*ours, *others], batch, threads, key) if memory else {}
         judged = [*zip(names_of(paths), (c.run for c in loaded), strict=True), *((c.name, c.call) for c in others)]
         quality = _quality(float_model, judged)
     found = rows([*ours, *others], times, clock, peak_bytes, quality)
@@ -104,7 +107,11 @@ def _require_possible(against: Sequence[str], threads: int, batch: int, rounds: 
 
 
 def _artifacts(
-    paths: Sequence[str | Path], loaded: Sequence[CompiledDenoiser], inputs: Arrays, threads: int
+    paths: Sequence[str | Path],
+    loaded: Sequence[CompiledDenoiser],
+    inputs: Arrays,
+    threads: int,
+    key: Key | None,
 ) -> list[Subject]:
     """The artifacts, after the first itself once more, and where it has parts that it may reuse, with their cache."""
     for path, other in zip(paths, loaded, strict=True):
@@ -114,10 +121,10 @@ def _artifacts(
         of_artifact(path, compiled, inputs, name)
         for path, compiled, name in zip(paths, loaded, names_of(paths), strict=True)
     ]
-    again = compiled_denoiser.load(paths[0], threads, reuse_bytes=0)
+    again = compiled_denoiser.load(paths[0], threads, reuse_bytes=0, key=key)
     found = [first, Subject(CONTROL, functools.partial(again.run, inputs))]
     if loaded[0].manifest.get("parts"):
-        reusing = compiled_denoiser.load(paths[0], threads)
+        reusing = compiled_denoiser.load(paths[0], threads, key=key)
         found.append(Subject(REUSING, functools.partial(reusing.run, inputs)))
     return [*found, *others]
 

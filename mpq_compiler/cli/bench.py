@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq_compiler.cli import output
-from mpq_compiler.cli.options import Commands
+from mpq_compiler.cli.options import Commands, add_key
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError
 
@@ -37,6 +37,7 @@ def add(commands: Commands) -> None:
         "--rpc", metavar="HOST:PORT",
         help="on the device where mpq_rpc listens; the environment's MPQ_TOKEN is its token (docs/standalone.md)",
     )  # fmt: skip
+    add_key(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a plot that exists")
 
 
@@ -64,7 +65,7 @@ def _on_device(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.against or args.kernels or args.plot or args.latency_table:
         raise UserError("--rpc times artifacts alone: leave --against, --kernels, --plot and --latency-table out")
-    return remote.bench(args.artifacts, args.rpc, args.threads, args.batch, args.rounds, terminal.progress)
+    return remote.bench(args.artifacts, args.rpc, args.threads, args.batch, args.rounds, terminal.progress, args.key)
 
 
 def _here(args: argparse.Namespace) -> dict[str, Any]:
@@ -81,4 +82,5 @@ def _here(args: argparse.Namespace) -> dict[str, Any]:
         memory=not args.no_memory,
         progress=terminal.progress,
         latency_table=args.latency_table,
+        key=args.key,
     )

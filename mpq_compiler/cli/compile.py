@@ -59,6 +59,10 @@ def add(commands: options.Commands) -> None:
         help="also a C program that runs the artifact with TVM's runtime (docs/standalone.md)",
     )  # fmt: skip
     parser.add_argument(
+        "--owner-key", metavar="PUBLIC",
+        help="with either: the program opens only what the owner of this key has signed (mpqc sign, docs/artifact.md)",
+    )  # fmt: skip
+    parser.add_argument(
         "--wheels", type=Path, metavar="DIR",
         help="with --standalone for another architecture: TVM's wheels for it (default: what is installed)",
     )  # fmt: skip

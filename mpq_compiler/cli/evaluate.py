@@ -10,6 +10,7 @@ from typing import Any
 from mpq_compiler.cli.options import (
     Commands,
     add_budgets,
+    add_key,
     add_latency_table,
     add_lowering,
     add_threads,
@@ -32,6 +33,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--eval-steps", type=int, metavar="N", default=10, help="sampling steps (10)")
     parser.add_argument("--eval-seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
     add_threads(parser)
+    add_key(parser)
     add_budgets(parser)
     add_latency_table(parser)
     add_lowering(parser)
@@ -48,7 +50,7 @@ def run(args: argparse.Namespace) -> Any:
         if args.prompts is not None:
             raise UserError(f"--prompts is of a pipeline, and {args.artifact} is none: leave it out")
         drawn = (200 if args.images is None else args.images, args.eval_steps, args.eval_seed)
-        result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given)
+        result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given, args.key)
     rows = []
     for name, value in result.items():
         if isinstance(value, dict) and "value" in value:
@@ -80,7 +82,7 @@ def _of_pipeline(args: argparse.Namespace, options: Mapping[str, object]) -> dic
         raise UserError(f"{args.artifact} is a pipeline: name the folder of the float one with --against")
     images, seed = 16 if args.images is None else args.images, args.eval_seed or 0
     check(images, args.eval_steps, seed)
-    pipe = load_pipeline(args.artifact, args.threads)
+    pipe = load_pipeline(args.artifact, args.threads, key=args.key)
     guidance = pipe.guidance if args.guidance is None else args.guidance
     unseen = pipeline_parts.prompts(unseen=True, folder=checkpoint.place_of(args.against))
     texts = np.resize(prompts_of(args.prompts) or unseen, images).tolist()
@@ -138,10 +140,11 @@ def evaluate_path(
     seed: int | None,
     progress: Any,
     options: dict[str, Any],
+    key: str | None = None,
 ) -> dict[str, Any]:
     """`evaluate` of an artifact, or of a model that is compiled for this machine first, against its float model.
 
-    seed: of the noise; None: one that calibration did not draw from (`Painter.unseen`).
+    seed: of the noise; None: one that calibration did not draw from (`Painter.unseen`). key: that of `load`.
     """
     import tempfile
 
@@ -164,13 +167,15 @@ def evaluate_path(
         if not (target / bundle.MANIFEST).exists() and target.suffix != ".zip":
             from mpq_compiler.api.compile import compile
 
+            if key is not None:
+                raise UserError(f"--key is of an artifact that is signed, and {path} is a model: leave it out")
             against = against or path
             target = Path(scratch) / "compiled.mpq"
             _require_drawing(path, steps, options)  # before it is compiled
             compile(path, target, progress, **options)
         else:
             _require_no_effect(path, options)
-        painter = with_conditions(from_artifact(target, options.get("threads")), options.get("conditions"))
+        painter = with_conditions(from_artifact(target, options.get("threads"), key), options.get("conditions"))
         if against is None and painter.name not in checkpoint.bundled():
             raise UserError(f"'{painter.name}' is no bundled model: name the float model with --against")
         loaded = float_model(against or painter.name, painter)

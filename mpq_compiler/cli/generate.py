@@ -43,6 +43,7 @@ def add(commands: options.Commands) -> None:
     )
     options.add_conditions(parser)
     options.add_threads(parser)
+    options.add_key(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a picture that exists")
 
 
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> Any:
         raise UserError(f"--{odd[0].replace('_', '-')} is of a pipeline, and {args.artifact} is a denoiser alone")
     args.images, args.steps = (20 if args.images is None else args.images), (10 if args.steps is None else args.steps)
     check(args.images, args.steps, args.seed or 0)
-    painter = with_conditions(from_artifact(args.artifact, args.threads), args.conditions)
+    painter = with_conditions(from_artifact(args.artifact, args.threads, args.key), args.conditions)
     seed = painter.unseen if args.seed is None else args.seed
     conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
     painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins
@@ -107,7 +108,7 @@ def _of_pipeline(args: argparse.Namespace, picture: Path) -> dict[str, object]:
         raise UserError(f"{args.artifact} is a pipeline, which draws what it is told: add --prompt 'a lighthouse'")
     if args.strength is not None and args.image is None:
         raise UserError("--strength says how much of a picture is drawn anew: add --image FILE, or leave it out")
-    pipe = load_pipeline(args.artifact, args.threads, args.sequential)
+    pipe = load_pipeline(args.artifact, args.threads, args.sequential, args.key)
     images, steps = 1 if args.images is None else args.images, pipe.steps if args.steps is None else args.steps
     seed, guidance = args.seed or 0, pipe.guidance if args.guidance is None else args.guidance
     check(images, steps, seed)

@@ -30,6 +30,7 @@ from mpq_compiler.cli import (
     recipes,
     run,
     sensitivity,
+    sign,
     targets,
     tokenize,
     verify,
@@ -59,7 +60,7 @@ id (owner/name, or owner/name@commit), or a bundled name (mpqc models).
 """
 
 COMMANDS = (
-    *(demo, compile, generate, tokenize, evaluate, run, verify, bench, inspect, allocate, sensitivity, latency),
+    *(demo, compile, generate, tokenize, evaluate, run, verify, sign, bench, inspect, allocate, sensitivity, latency),
     *(passes, recipes, targets, models, cache),
 )
 """Modules of the commands, in the order in which the help lists them."""

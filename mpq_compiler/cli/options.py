@@ -54,6 +54,14 @@ def add_threads(parser: argparse.ArgumentParser, text: str = PER_CALL) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help=text)
 
 
+def add_key(parser: argparse.ArgumentParser) -> None:
+    """Add the key whose owner has to have signed what is opened."""
+    parser.add_argument(
+        "--key", metavar="PUBLIC",
+        help="refuse what the owner of this key has not signed: a PEM file, or the key in hexadecimal (mpqc sign)",
+    )  # fmt: skip
+
+
 def add_scheduler(parser: argparse.ArgumentParser) -> None:
     """Add the scheduler that a pipeline draws with in the place of its own."""
     parser.add_argument(

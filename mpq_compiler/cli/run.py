@@ -21,6 +21,7 @@ def add(commands: options.Commands) -> None:
         "--output", required=True, metavar="FILE", help="safetensors to write, with the tensor 'output'"
     )
     options.add_threads(parser)
+    options.add_key(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
 
 
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> Any:
     output = Path(args.output)
     require_new(output, args.overwrite)
     inputs = tensorfile.load(args.input)
-    result = compiled_denoiser.load(args.artifact, args.threads).run(inputs)
+    result = compiled_denoiser.load(args.artifact, args.threads, key=args.key).run(inputs)
     write_whole(output, lambda stream: tensorfile.save(stream, {"output": result}))
     terminal.say(f"wrote {output}: f32{list(result.shape)}")
     return {"output": str(output), "shape": list(result.shape)}

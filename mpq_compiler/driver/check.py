@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mpq_compiler.artifact import bundle, tvm_wheels
+from mpq_compiler.artifact import bundle, signature, tvm_wheels
 from mpq_compiler.driver.budgets import parse_memory
 from mpq_compiler.driver.lower import latency_table_of
 from mpq_compiler.driver.options import Options
@@ -39,6 +39,10 @@ def check(options: Options, output: str | Path | None = None) -> None:
         raise UserError("--standalone and --emit c both make the program mpq_run: leave one of them out")
     if options.wheels is not None and not options.standalone:
         raise UserError("--wheels holds TVM's runtime for --standalone: add that, or leave it out")
+    if options.owner_key is not None:
+        if not option:
+            raise UserError("--owner-key is built into a C program: add --emit c or --standalone, or leave it out")
+        signature.public_key(options.owner_key)
     if options.standalone:
         tvm_wheels.files(target, options.wheels)
     if options.memory_limit is not None:

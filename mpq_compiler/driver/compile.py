@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler.artifact import bundle
+from mpq_compiler.artifact import bundle, signature
 from mpq_compiler.artifact.manifest import Manifest
 from mpq_compiler.driver import manifest, report
 from mpq_compiler.driver.check import check
@@ -149,11 +149,12 @@ def _built(
     """Builds the packed program by the backend."""
     batches, *_ = parse_shapes(options.shapes).values()
     emit = "machine" if options.standalone else "c" if options.emit else None
+    owner = "" if options.owner_key is None else signature.public_key(options.owner_key).hex()
     instruments: list[StageInstrument] = []
     if (dumps := lowering.dumps) is not None and not fresh:
         behind = len(lowering.passes)
         instruments.append(lambda index, stage, plan: dumps.write_stage(behind + index, stage, plan))
     request = BuildRequest(
-        batches, others, options.jobs, workers, options.cache, progress, options.tune, emit, instruments, fresh
+        batches, others, options.jobs, workers, options.cache, progress, options.tune, emit, instruments, owner, fresh
     )
     return backend.build(lowering.program, target, request)

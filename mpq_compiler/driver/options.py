@@ -76,6 +76,8 @@ class Options:
     """The value "c" adds a C program that runs the artifact without TVM's runtime (docs/standalone.md)."""
     standalone: bool = False
     """Whether to add a program that runs the artifact on TVM's runtime."""
+    owner_key: str | Path | None = None
+    """The public key whose owner has to have signed what that program opens: in hexadecimal, or a file with it."""
     wheels: Path | None = None
     """The folder with the wheels of that runtime for the target; by default the installed packages."""
     tune: bool = False

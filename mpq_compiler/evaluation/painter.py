@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mpq_compiler.artifact.signature import Key
 from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.sampling import text_encoder
 from mpq_compiler.sampling.conditioning import TEXT, Conditioning, Conditions
@@ -84,11 +85,14 @@ class Painter:
         return sampling.decode(self.codec, latents)
 
 
-def from_artifact(path: str | Path, threads: int | None = None) -> Painter:
-    """Loads an artifact as a painter. UserError: it is not sound, or its manifest does not say how it is sampled."""
+def from_artifact(path: str | Path, threads: int | None = None, key: Key | None = None) -> Painter:
+    """Loads an artifact as a painter; ``key`` is that of `load`.
+
+    UserError: it is not sound, or its manifest does not say how it is sampled.
+    """
     from mpq_compiler.runtime import compiled_denoiser
 
-    compiled = compiled_denoiser.load(path, threads)
+    compiled = compiled_denoiser.load(path, threads, key=key)
     manifest = compiled.manifest
     about = manifest.get("sampling")
     if about is None:

@@ -53,7 +53,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """How a program is built; only ``batches``, ``others``, ``tune`` and ``emit`` change bytes of the artifact.
+    """How a program is built; ``jobs``, ``workers``, ``cache``, ``progress`` and ``instruments`` change no byte.
 
     Attributes:
         batches: the batch sizes, each of which gets a specialization.
@@ -65,6 +65,7 @@ class BuildRequest:
         tune: whether to search for the fastest kernels.
         emit: "c" or "machine" adds a C program, without a runtime or with TVM's; None adds none.
         instruments: look at every stage of the lowering.
+        owner: the public key, in hexadecimal, whose owner has to have signed what that program opens; "": nobody.
         fresh: whether nothing that the cache holds is taken from there.
     """
 
@@ -77,6 +78,7 @@ class BuildRequest:
     tune: bool = False
     emit: str | None = None
     instruments: Sequence[StageInstrument] = ()
+    owner: str = ""
     fresh: bool = False
 
 

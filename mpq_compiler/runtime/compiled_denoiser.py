@@ -18,6 +18,7 @@ from mpq_compiler.artifact import bundle as artifacts
 from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.artifact.manifest import Function
 from mpq_compiler.artifact.manifest import Value as InputValue
+from mpq_compiler.artifact.signature import Trust
 from mpq_compiler.runtime import instances, lora, on_gpu, pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
@@ -131,6 +132,7 @@ def load(
     check_finite: bool = True,
     reuse_bytes: int = REUSE_BYTES,
     device: str | None = None,
+    key: Trust | None = None,
 ) -> CompiledDenoiser:
     """Verifies and loads the artifact at `path`, a folder or a zip.
 
@@ -142,14 +144,17 @@ def load(
         reuse_bytes: memory for results that depend on timesteps and texts alone, which are kept between calls; 0
             computes them in every call (docs/artifact.md).
         device: the GPU of an artifact for one, such as "cuda:1"; the first by default.
+        key: the public key of whoever has to have signed the artifact: in hexadecimal, or a file with it. Without one a
+            signature is not looked at (docs/artifact.md).
 
     Raises:
-        UserError: the artifact is not sound, this machine cannot run it, or an argument is out of range.
+        UserError: the artifact is not sound, this machine cannot run it, or an argument is out of range; with a key, it
+            is not signed with that, or is not what was signed.
     """
     if reuse_bytes < 0:
         raise UserError(f"reuse_bytes is {reuse_bytes}; it must be 0 or more")
     require_threads(threads)
-    artifact = artifacts.read(path)
+    artifact = artifacts.read(path, key)
     chosen = threads or artifact.manifest.get("threads") or usable_cores()
     return CompiledDenoiser(artifact, chosen, check_finite, reuse_bytes, device=_number(artifact, device))
 

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact import pipeline as pipelines
 from mpq_compiler.artifact.pipeline import DECODER, DENOISER, ENCODER, Pipeline
+from mpq_compiler.artifact.signature import Key
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.runtime.drop_ins import CompiledDecoder, CompiledEncoder
@@ -78,7 +78,7 @@ class CompiledPipeline:
         self.path, self.document = made.path, made.document
         self.sequential = sequential
         self._made = made
-        self._load = load or (lambda path: compiled_denoiser.load(path, threads))
+        self._load = load or (lambda path: compiled_denoiser.load(path, threads, key=made.signed_part(path.name)))
         self._loaded: dict[str, CompiledDenoiser] = {}
         about = self.document
         self.tokens = [Tokens.from_json(each, made.text(each["file"])) for each in about["tokens"]]
@@ -142,7 +142,7 @@ class CompiledPipeline:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of its pictures. UserError: it has no decoder."""
-        manifest = bundle.read_manifest(self._made.part(self._of_role(DECODER)))
+        manifest = self._made.manifest(self._of_role(DECODER))
         height, width = manifest["functions"][0]["output"]["shape"][-2:]
         return int(height or 0), int(width or 0)
 
@@ -218,12 +218,12 @@ class CompiledPipeline:
     @cached_property
     def _ways_back(self) -> tuple[Inverse, InverseOfPixels]:
         """From what the decoder takes to latents, and from pixels to what it gives."""
-        shape = (1, *bundle.read_manifest(self._made.part(self.denoiser))["sampling"]["shape"])
+        shape = (1, *self._made.manifest(self.denoiser)["sampling"]["shape"])
         return inverse.of_decoded(self._decoded, self._convention, shape), inverse.of_images(self._images)
 
     @cached_property
     def _convention(self) -> Convention:
-        call = bundle.read_manifest(self._made.part(self.denoiser))["model"].get("call", {})
+        call = self._made.manifest(self.denoiser)["model"].get("call", {})
         return Convention(**{**call, "baked": tuple(call.get("baked", ()))})
 
     def latents(
@@ -371,7 +371,10 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def load_pipeline(
-    path: str | os.PathLike[str], threads: int | None = None, sequential: bool = False
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    sequential: bool = False,
+    key: Key | None = None,
 ) -> CompiledPipeline:
     """Loads a compiled pipeline.
 
@@ -379,9 +382,11 @@ def load_pipeline(
         path: the folder.
         threads: threads of a call, as for `load`.
         sequential: whether a part is dropped from memory when the next one is loaded.
+        key: the public key of whoever has to have signed the pipeline, as for `load`; parts are held against the same
+            signature whenever they are loaded.
 
     Raises:
-        UserError: the pipeline is not sound.
+        UserError: the pipeline is not sound; with a key, it is not signed with that, or is not what was signed.
     """
-    return CompiledPipeline(pipelines.read(path), threads, sequential)
+    return CompiledPipeline(pipelines.read(path, key), threads, sequential)
 

@@ -195,6 +195,12 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def sha512(path: str | Path) -> str:
+    """The SHA-512 of a file's content, in hexadecimal."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha512").hexdigest()
+
+
 def encode_json(document: Any, indent: int | None = 1) -> bytes:
     """A document as UTF-8 JSON with a newline at the end; with ``indent=None`` in one line without spaces.
 

@@ -221,6 +221,7 @@ def test_verify_and_run(folder: Path, artifact: Path) -> None:
         "intact": True,
         "sha256": compiled_denoiser.load(artifact).manifest["artifact_sha256"],
         "missing_features": [],
+        "signature": "none",
     }
     inputs = {name: value.numpy() for name, value in tiny.inputs("unet2d-class", batch=3).items()}
     with (folder / "in.safetensors").open("wb") as stream:

@@ -158,14 +158,14 @@ def _link(lowered: Any, target: Any, objects: list[str], output: str, interface:
 
 
 def _standalone(
-    folder: Path, lowered: Any, target: Any, made: Any, weights: Path, places: Any, machine: bool
+    folder: Path, lowered: Any, target: Any, made: Any, weights: Path, places: Any, machine: bool, owner: str
 ) -> list[str]:
     from mpq_compiler.backends.tvm import standalone
 
     described = standalone.Weights(standalone.describe(weights), places)
     if machine:
-        return standalone.write_machine(folder, lowered, target, made.library, described, made.held_bytes)
-    return standalone.write(folder, lowered, target, made.objects, described, made.workspace_bytes)
+        return standalone.write_machine(folder, lowered, target, made.library, described, made.held_bytes, owner)
+    return standalone.write(folder, lowered, target, made.objects, described, made.workspace_bytes, owner)
 
 
 def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:

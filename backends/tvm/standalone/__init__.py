@@ -25,7 +25,11 @@ from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.tensorfile import ALIGNMENT
 from mpq_compiler.targets.table import Target
 
-COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq_run.c", "CMakeLists.txt")
+CRYPTOGRAPHY = ("monocypher.c", "monocypher-ed25519.c")
+"""Sources by others, which every program is linked with: it checks signatures."""
+SIGNING = (*CRYPTOGRAPHY, "monocypher.h", "monocypher-ed25519.h", "mpq_sign.h")
+OWNER = "mpq_owner.h"
+COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq_run.c", "CMakeLists.txt", *SIGNING, OWNER)
 SOURCES = (*COMMON, "mpq.c", "mpq_pool.h", "mpq_rpc.c")
 MACHINE = (*COMMON, "mpq_vm.c")
 MODEL, KERNELS = "mpq_model.c", "libkernels.a"
@@ -69,7 +73,13 @@ def describe(path: Path) -> File:
 
 
 def write(
-    folder: Path, lowered: Lowered, target: Target, objects: Sequence[Path], weights: Weights, workspace_bytes: int
+    folder: Path,
+    lowered: Lowered,
+    target: Target,
+    objects: Sequence[Path],
+    weights: Weights,
+    workspace_bytes: int,
+    owner: str = "",
 ) -> list[str]:
     """Writes the C program with its own executor, and compiles it.
 
@@ -80,6 +90,7 @@ def write(
         objects: the object file of each kernel.
         weights: the weights file.
         workspace_bytes: the workspaces of a thread, at most.
+        owner: the public key, in hexadecimal, whose owner has to have signed what the program opens; "": nobody.
 
     Returns:
         The names of the files: the sources, the archive of the kernels, and two static executables, `PROGRAM` with the
@@ -88,17 +99,24 @@ def write(
     Raises:
         UserError: there is no compiler for the target.
     """
-    _sources(folder, SOURCES, _Model(lowered, target, weights, workspace_bytes).text())
+    _sources(folder, SOURCES, _Model(lowered, target, weights, workspace_bytes).text(), owner)
     compiler = linker(target)
     archiver = compiler.removesuffix("gcc") + "ar" if compiler.endswith("-gcc") else "ar"
     run(folder, archiver, "rcsD", KERNELS, *(str(path.resolve()) for path in objects))
-    run(folder, compiler, *OPTIONS, "mpq.c", "mpq_run.c", MODEL, KERNELS, "-lpthread", "-lm", "-o", PROGRAM)
+    sources = ("mpq.c", "mpq_run.c", MODEL, *CRYPTOGRAPHY)
+    run(folder, compiler, *OPTIONS, *sources, KERNELS, "-lpthread", "-lm", "-o", PROGRAM)
     run(folder, compiler, *OPTIONS, "mpq_rpc.c", "-o", SERVER)
     return sorted([*SOURCES, MODEL, KERNELS, PROGRAM, SERVER])
 
 
 def write_machine(
-    folder: Path, lowered: Lowered, target: Target, library: Path, weights: Weights, held_bytes: int
+    folder: Path,
+    lowered: Lowered,
+    target: Target,
+    library: Path,
+    weights: Weights,
+    held_bytes: int,
+    owner: str = "",
 ) -> list[str]:
     """Writes the C program that runs kernels.so on TVM's runtime, and compiles it.
 
@@ -109,6 +127,7 @@ def write_machine(
         library: kernels.so.
         weights: the weights file.
         held_bytes: the memory that the runtime takes.
+        owner: as for `write`.
 
     Returns:
         The names of the files: the sources and `PROGRAM`.
@@ -116,14 +135,15 @@ def write_machine(
     Raises:
         UserError: there is no compiler for the target.
     """
-    _sources(folder, MACHINE, _Machine(lowered, target, weights).text(describe(library), held_bytes))
-    run(folder, linker(target), *LINKED, "mpq_vm.c", "mpq_run.c", MODEL, "-ldl", "-o", PROGRAM)
+    _sources(folder, MACHINE, _Machine(lowered, target, weights).text(describe(library), held_bytes), owner)
+    run(folder, linker(target), *LINKED, "mpq_vm.c", "mpq_run.c", MODEL, *CRYPTOGRAPHY, "-ldl", "-o", PROGRAM)
     return sorted([*MACHINE, MODEL, PROGRAM])
 
 
-def _sources(folder: Path, names: Iterable[str], generated: str) -> None:
+def _sources(folder: Path, names: Iterable[str], generated: str, owner: str) -> None:
     for name in names:
-        (folder / name).write_text(Path(__file__).with_name(name).read_text())
+        text = Path(__file__).with_name(name).read_text()
+        (folder / name).write_text(text.replace('""', f'"{owner}"') if name == OWNER else text)
     (folder / MODEL).write_text(generated)
 
 

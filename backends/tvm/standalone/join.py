@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpq_compiler.artifact.bundle import PROGRAM
-from mpq_compiler.backends.tvm.standalone import KERNELS, MODEL, OPTIONS, run
+from mpq_compiler.backends.tvm.standalone import CRYPTOGRAPHY, KERNELS, MODEL, OPTIONS, OWNER, SIGNING, run
 from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import Target
 
-SHARED = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq.c", "mpq_pool.h")
+SHARED = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq.c", "mpq_pool.h", *SIGNING, OWNER)
 """The sources that every part has as well."""
 DRAWING = ("mpq_draw.c", "stb_image_write.h")
 TABLE = "mpq_parts.c"
@@ -44,6 +44,7 @@ def _joined(work: Path, compiler: str, parts: Sequence[Path], digests: bytes) ->
     """The files of the program, which is compiled in the folder `work`."""
     for name in (*SHARED, *DRAWING):
         (work / name).write_text(Path(__file__).with_name(name).read_text())
+    (work / OWNER).write_bytes((parts[0] / OWNER).read_bytes())  # they have one owner
     (work / TABLE).write_text(_table([part.name for part in parts], digests))
     objects = []
     for number, part in enumerate(parts):
@@ -52,7 +53,7 @@ def _joined(work: Path, compiler: str, parts: Sequence[Path], digests: bytes) ->
         run(work, compiler, "-std=c11", "-O2", "-DMPQ_PART", *names, "-c", f"{number}.c", "-o", f"{number}.o")
         objects.append(f"{number}.o")
     archives = [str((part / KERNELS).resolve()) for part in parts]
-    run(work, compiler, *OPTIONS, "-ffp-contract=off", "mpq.c", "mpq_draw.c", TABLE, *objects, *archives,
+    run(work, compiler, *OPTIONS, "-ffp-contract=off", "mpq.c", "mpq_draw.c", TABLE, *CRYPTOGRAPHY, *objects, *archives,
          "-lpthread", "-lm", "-o", PROGRAM)  # fmt: skip
     return {name: (work / name).read_bytes() for name in (*SHARED, *DRAWING, TABLE, PROGRAM)}
 

@@ -60,6 +60,11 @@ const char *mpq_name(int number);
 const mpq_function *mpq_functions_of(int number, int *count);
 mpq_model *mpq_open_model(int number, const char *weights, int threads);
 
+/* From now on models are opened only of files that the owner of this key signed (docs/artifact.md): a public key of Ed25519
+ * in hexadecimal, or the name of a file with it, as such text or as PEM. 0, or -1 with mpq_error(): it is no key, or another
+ * than the one that was built in (mpq_owner.h), which needs no call. */
+int mpq_trust(const char *key);
+
 /* What went wrong last, one sentence. */
 const char *mpq_error(void);
 

@@ -168,6 +168,8 @@ static uint64_t sum_of(const char *data, uint64_t bytes) {
     return sum;
 }
 
+#include "mpq_sign.h"
+
 /* The bytes of a file, if it is that of this build. what: "weights", for sentences. */
 static char *map(const char *path, const mpq_file *file, const char *what) {
     struct stat about;
@@ -187,6 +189,10 @@ static char *map(const char *path, const mpq_file *file, const char *what) {
         fail("cannot map the %s %s: %s", what, path, strerror(errno));
     close(handle);
     if (data == MAP_FAILED) return NULL;
+    if (!is_signed(path, data, file->bytes)) {
+        munmap(data, file->bytes);
+        return NULL;
+    }
     if (sum_of(data, file->bytes) != file->sum) {
         munmap(data, file->bytes);
         return fail("%s holds other %s than those of this build: take the file that was compiled with it", path, what);

@@ -1,6 +1,6 @@
 /* Draws with the parts of a compiled pipeline:
  *
- *   mpq_run --tokens FILE -o PICTURE.png [--folder DIR] [--threads N]
+ *   mpq_run --tokens FILE -o PICTURE.png [--folder DIR] [--threads N] [--key PUBLIC]
  *
  * `mpqc tokenize` makes the file. It holds tokens and noise, and a list of instructions: calls of the parts, and what is
  * computed between them, by the numbers of the scheduler (mpq_compiler/runtime/recording.py). A part is opened for its
@@ -272,8 +272,9 @@ int main(int count, char **words) {
     for (int i = 1; i < count; i++) {
         const char *option = words[i], *value = i + 1 < count ? words[i + 1] : NULL;
         if (!strcmp(option, "--help")) {
-            puts("mpq_run --tokens FILE -o PICTURE.png [--folder DIR] [--threads N]\n\n"
-                 "FILE is made by `mpqc tokenize`; DIR has the parts, each with its weights (that of this program).");
+            puts("mpq_run --tokens FILE -o PICTURE.png [--folder DIR] [--threads N] [--key PUBLIC]\n\n"
+                 "FILE is made by `mpqc tokenize`; DIR has the parts, each with its weights (that of this program), and with\n"
+                 "--key the signature of the owner of that key.");
             return 0;
         }
         if (!value) return refuse("this option needs a value, or is not known:", option);
@@ -281,7 +282,9 @@ int main(int count, char **words) {
         else if (!strcmp(option, "-o") || !strcmp(option, "--output")) output = value;
         else if (!strcmp(option, "--folder")) folder = value;
         else if (!strcmp(option, "--threads")) threads = atoi(value);
-        else return refuse("this option is not known:", option);
+        else if (!strcmp(option, "--key")) {
+            if (mpq_trust(value)) return refuse(mpq_error(), "");
+        } else return refuse("this option is not known:", option);
         i++;
     }
     if (!tokens || !output) return refuse("give the file of tokens and the picture: --tokens FILE -o PICTURE.png", "");

@@ -1,11 +1,12 @@
 /* Runs a compiled denoiser on safetensors files:
  *
  *   mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]
- *           [--reuse yes] [--profile kernels]
+ *           [--reuse yes] [--profile kernels] [--key PUBLIC]
  *
  * Without inputs all are zeros. Times go to standard output: of calls that compute everything, with `--reuse yes` of calls
  * that know what depends on timesteps and texts alone. `--profile kernels` adds those of each call of a kernel, in
- * order; of one thread it takes CPU time, which leaves out what else the device does. */
+ * order; of one thread it takes CPU time, which leaves out what else the device does. `--key` refuses what the owner of that
+ * key has not signed. */
 #define _POSIX_C_SOURCE 200809L
 #include "mpq_files.h"
 
@@ -81,7 +82,7 @@ int main(int count, char **words) {
         const char *option = words[i], *value = i + 1 < count ? words[i + 1] : NULL;
         if (!strcmp(option, "--help")) {
             puts("mpq_run [--weights FILE] [--inputs FILE] [--output FILE] [--function NAME] [--threads N] [--repeat N]\n"
-                 "        [--reuse yes] [--profile kernels]");
+                 "        [--reuse yes] [--profile kernels] [--key PUBLIC]");
             return 0;
         }
         if (!value) return refuse("this option needs a value, or is not known:", option);
@@ -93,7 +94,9 @@ int main(int count, char **words) {
         else if (!strcmp(option, "--repeat")) repeat = atoi(value);
         else if (!strcmp(option, "--reuse") && !strcmp(value, "yes")) reuse = 1;
         else if (!strcmp(option, "--profile") && !strcmp(value, "kernels")) profiled = value;
-        else return refuse("this option is not known:", option);
+        else if (!strcmp(option, "--key")) {
+            if (mpq_trust(value)) return refuse(mpq_error(), "");
+        } else return refuse("this option is not known:", option);
         i++;
     }
     if (threads < 1 || repeat < 1) return refuse("--threads and --repeat must be at least 1", "");

@@ -51,6 +51,21 @@ static const char *beside(const char *name) {
     return path;
 }
 
+/* Whether a library may be opened, which its owner has signed where somebody has to. */
+static bool is_signed_library(const char *path) {
+    struct stat about;
+    int handle = open(path, O_RDONLY | O_CLOEXEC);
+    void *data = MAP_FAILED;
+    if (handle >= 0 && !fstat(handle, &about))
+        data = mmap(NULL, (size_t)about.st_size, PROT_READ, MAP_PRIVATE, handle, 0);
+    if (data == MAP_FAILED) fail("cannot load TVM's runtime: %s: %s", path, strerror(errno));
+    if (handle >= 0) close(handle);
+    if (data == MAP_FAILED) return false;
+    bool right = is_signed(path, data, (uint64_t)about.st_size);
+    munmap(data, (size_t)about.st_size);
+    return right;
+}
+
 static bool load_runtime(void) {
     static const struct { const char *name; void *place; } functions[] = {
         {"TVMFFIFunctionGetGlobal", &tvm.global}, {"TVMFFIFunctionCall", &tvm.call},
@@ -59,7 +74,9 @@ static bool load_runtime(void) {
     };
     void *library = NULL;
     for (int i = 0; i < 2; i++) {
-        void *opened = dlopen(beside(i ? "libtvm_runtime.so" : "libtvm_ffi.so"), RTLD_NOW | RTLD_GLOBAL);
+        const char *path = beside(i ? "libtvm_runtime.so" : "libtvm_ffi.so");
+        if (!is_signed_library(path)) return false;
+        void *opened = dlopen(path, RTLD_NOW | RTLD_GLOBAL);
         if (!opened) return fail("cannot load TVM's runtime: %s", dlerror());
         if (!i) library = opened;
     }

@@ -31,7 +31,7 @@ from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import table as targets
 from tests.backends.tvm.test_emit import TARGETS, executed
-from tests.harness import once, packed, programs, qemu
+from tests.harness import once, packed, programs, qemu, signatures
 
 HOST = TARGETS[1]
 CPUS = {
@@ -223,6 +223,24 @@ def test_what_a_program_on_tvms_runtime_refuses(tmp_path):
         compile.compile(packed.BUNDLED, tmp_path / "out.mpq", emit="c", standalone=True)
 
 
+def test_every_file_that_a_program_on_tvms_runtime_opens_is_signed(tmp_path):
+    name, weights, target = MACHINES[0]
+    own, other = signatures.keys()
+    copy = Path(shutil.copytree(program(name, weights, target, "machine"), tmp_path / "copy"))
+    unsigned = run(copy, target, "--key", own.hex)
+    assert unsigned.returncode == 1 and "has no signature" in unsigned.stderr
+    signatures.signed(copy, own)
+    done = run(copy, target, "--key", own.hex)
+    assert done.returncode == 0 and "calls: median" in done.stdout, done.stderr
+    assert "is of another key" in run(copy, target, "--key", other.hex).stderr
+    for file in (bundle.WEIGHTS, bundle.KERNELS, "libtvm_ffi.so", "libtvm_runtime.so"):
+        before = (copy / file).read_bytes()
+        (copy / file).write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+        done = run(copy, target, "--key", own.hex)
+        assert done.returncode == 1 and f"{file} is not the file that was signed" in done.stderr
+        (copy / file).write_bytes(before)
+
+
 EMBEDDED = """
 import ctypes, sys, threading
 import numpy as np
@@ -274,7 +292,8 @@ def test_a_program_computes_what_is_new(emit, inputs, tmp_path):
     """As a library in another program: what it keeps of timesteps and texts is theirs."""
     name, weights, target = MACHINES[0]
     folder = program(name, weights, target, emit)
-    sources = [standalone.MODEL, *(("mpq.c", standalone.KERNELS) if emit == "c" else ("mpq_vm.c",))]
+    own = ("mpq.c", standalone.KERNELS) if emit == "c" else ("mpq_vm.c",)
+    sources = [standalone.MODEL, *standalone.CRYPTOGRAPHY, *own]
     command = ["gcc", *standalone.LINKED, "-shared", "-fPIC", *(str(folder / source) for source in sources)]
     subprocess.run([*command, "-ldl", "-lpthread", "-lm", "-o", tmp_path / "libmpq.so"], check=True)
     function = bundle.read(folder).manifest["functions"][1]
