@@ -19,7 +19,7 @@ from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.artifact.manifest import Function
 from mpq_compiler.artifact.manifest import Value as InputValue
 from mpq_compiler.artifact.signature import Trust
-from mpq_compiler.runtime import instances, lora, on_gpu, pretrained
+from mpq_compiler.runtime import forks, instances, lora, on_gpu, pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
 from mpq_compiler.runtime.memo import REUSE_BYTES
@@ -223,11 +223,15 @@ class CompiledDenoiser:
         """The report of the compilation, where this process compiled it (`compile` of a pipeline); else None."""
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
         """The types of torch devices that inputs may be on."""
-        self.executor = _executor(artifact, threads, reuse_bytes, device) if executor is None else executor
-        """What runs the functions of the artifact; one call at a time."""
+        self._lock = threading.Lock()
+        self._unforked = forks.lock()
+        """Held during calls beside `_lock`: a thread may fork within its own call, and may begin no other there."""
+        forks.give_way()
+        with self._unforked:
+            self.executor = _executor(artifact, threads, reuse_bytes, device) if executor is None else executor
+            """What runs the functions of the artifact; one call at a time."""
         self.lora: LoadedLora | None = None
         """The LoRA that is loaded (`load_lora`); None without one."""
-        self._lock = threading.Lock()
         self._number = instances.numbered(self)
 
     def __repr__(self) -> str:
@@ -270,7 +274,7 @@ class CompiledDenoiser:
     def forget(self) -> None:
         """Evicts all results kept between calls, so that the next call computes everything."""
         if isinstance(self.executor, VirtualMachine):
-            with self._lock:
+            with self._unforked, self._lock:
                 self.executor.forget()
 
     def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> LoadedLora:
@@ -306,7 +310,7 @@ class CompiledDenoiser:
     def _replace(self, tensors: Mapping[str, np.ndarray]) -> None:
         if not isinstance(self.executor, Replaceable):
             raise UserError(f"artifacts for '{self.manifest['target']['name']}' cannot load a LoRA")
-        with self._lock:
+        with self._unforked, self._lock:
             self.executor.replace(tensors)
 
     @property
@@ -435,7 +439,8 @@ class CompiledDenoiser:
         shape = (fitted.batch, *(int(extent or 0) for extent in fitted.functions[0]["output"]["shape"][1:]))
         torch = _torch() if as_torch else None
         out = torch.empty(shape, device=f"cuda:{machine.device}") if torch else machine.empty(shape, "float32")
-        with self._lock:
+        forks.give_way()
+        with self._unforked, self._lock:
             for function, begin, end in _schedule(fitted.batch, fitted.functions):
                 count = function["batch"] or end - begin
                 rows = np.minimum(np.arange(begin, begin + count), end - 1)
@@ -553,7 +558,8 @@ class CompiledDenoiser:
         if out is not None:
             _require_room(out, (batch, *(int(extent or 0) for extent in fitting[0]["output"]["shape"][1:])))
         schedule, found = _schedule(batch, fitting), []
-        with self._lock:
+        forks.give_way()
+        with self._unforked, self._lock:
             for function, begin, end in schedule:
                 result = self._part(function, arrays, begin, end)
                 if out is not None:

@@ -45,19 +45,21 @@ class Device:
             timeout: seconds to wait for an answer.
 
         Raises:
-            UserError: the device cannot be reached, or refuses the secret.
+            UserError: there is no secret, the device cannot be reached, or it refuses the secret.
         """
         self.address = address
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"--rpc {address} must be HOST:PORT, as mpq_rpc says when it starts")
+        secret = os.environ.get(TOKEN, "") if token is None else token
+        if not secret:
+            raise UserError(f"{address} needs a token: set {TOKEN} to the one that mpq_rpc was given or printed")
         try:
             self.socket = socket.create_connection((host, int(port)), 10)
         except OSError as error:
             raise UserError(f"cannot reach {address}: {error.strerror or error}; start mpq_rpc there") from error
         self.socket.settimeout(timeout)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        secret = os.environ.get(TOKEN, "") if token is None else token
         try:
             self._ask(b"MPQ1" + _text(secret))
         except UserError:
@@ -104,6 +106,9 @@ class Device:
 
     def _ask(self, request: bytes) -> None:
         self._send(request)
+        self._hear()
+
+    def _hear(self) -> None:
         if self._take(1) != b"\0":
             sentence = self._take(int.from_bytes(self._take(4), "little")).decode(errors="replace")
             raise UserError(f"{self.address}: {sentence}")
@@ -112,6 +117,8 @@ class Device:
         try:
             self.socket.sendall(data)
         except OSError as error:
+            if isinstance(error, ConnectionError):
+                self._hear()  # why it hung up
             raise self._lost(error) from error
 
     def _take(self, count: int) -> bytes:

@@ -428,6 +428,69 @@ def test_threads_of_a_library(path):
     python(code, path, OPENBLAS_NUM_THREADS="1")  # NumPy's own end with a fork
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_children_run_whatever_other_threads_do(path, threads):
+    """A thousand forks while two threads run in turns: a child has the bits."""
+    code = """
+    import os, signal, sys, threading
+    import numpy as np
+    from mpq_compiler.runtime import compiled_denoiser as runtime
+    sys.setswitchinterval(0.0005)
+    inputs = {"sample": np.ones((5, 3, 16), np.float32), "timestep": np.arange(5), "class_labels": np.arange(5)}
+    others = {**inputs, "timestep": np.arange(5) + 7}
+    denoiser = runtime.load(sys.argv[1], threads=int(sys.argv[2]))
+    expected = denoiser.run(inputs)
+    stop = threading.Event()
+    def run():
+        while not stop.is_set():
+            denoiser.run(others)
+    busy = [threading.Thread(target=run) for _ in range(2)]
+    for each in busy:
+        each.start()
+    def child():
+        signal.alarm(20)
+        same = np.array_equal(denoiser.run(inputs), expected)
+        os._exit(not same)
+    failed = []
+    for _ in range(500):
+        if not (pid := os.fork()):
+            child()
+        if code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
+            failed.append(code)
+            break
+    stop.set()
+    for each in busy:
+        each.join()
+    sys.exit(f"{failed}" if failed else 0)
+    """
+    python(code, path, threads, OPENBLAS_NUM_THREADS="1")
+
+
+def test_a_thread_may_fork_within_its_own_call(path):
+    """As a signal's handler does: neither waits for the other."""
+    code = """
+    import os, signal, sys
+    import numpy as np
+    from mpq_compiler.runtime import compiled_denoiser as runtime
+    denoiser = runtime.load(sys.argv[1], threads=1)
+    inputs = {"sample": np.ones((1, 3, 16), np.float32), "timestep": np.arange(1), "class_labels": np.arange(1)}
+    expected, run, codes = denoiser.run(inputs), denoiser.executor.run, []
+    def forking(function, arrays):
+        if pid := os.fork():
+            codes.append(os.waitpid(pid, 0)[1])
+        return run(function, arrays)
+    denoiser.executor.run = forking
+    signal.alarm(20)
+    parent = os.getpid()
+    same = np.array_equal(denoiser.run(inputs), expected)
+    if os.getpid() != parent:
+        denoiser.executor.run = run
+        os._exit(not (same and np.array_equal(denoiser.run(inputs), expected)))
+    assert same and codes == [0]
+    """
+    python(code, path, OPENBLAS_NUM_THREADS="1")
+
+
 def test_weights_move_to_large_pages():
     pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     release = tuple(map(int, os.uname().release.split(".")[:2]))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,7 +34,7 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import table as targets
 from tests.harness import packed, qemu
 
-TOKEN = "a secret"
+TOKEN = "a secret of many letters"
 
 
 @functools.cache
@@ -41,6 +43,7 @@ def server(compiler: str) -> Path:
     path = Path(tempfile.mkdtemp(prefix="mpq-rpc-")) / "mpq_rpc"
     source = Path(standalone.__file__).with_name("mpq_rpc.c")
     subprocess.run([compiler, *standalone.OPTIONS, "-Wall", "-Wextra", "-Werror", source, "-o", path], check=True)
+    path.parent.chmod(0o755)
     return path
 
 
@@ -50,22 +53,40 @@ def listening(folder: Path, token: str = TOKEN, emulated: bool = False, cpu: str
 
     cpu: what programs run on, emulated
     """
-    if emulated and (absent := qemu.missing()):
-        pytest.skip(absent)
-    command = [str(server("aarch64-linux-gnu-gcc" if emulated else "gcc")), "--port", "0", "--folder", folder.name]
-    command += ["--with", f"qemu-aarch64 -cpu {cpu}"] if cpu else []
-    environment = {**os.environ, "MPQ_TOKEN": token}
-    before = ["qemu-aarch64"] if emulated else []
-    with subprocess.Popen(
-        [*before, *command], stdout=subprocess.PIPE, text=True, env=environment, cwd=folder.parent
-    ) as process:
+    with started(folder, token, emulated, cpu) as process:
         try:
-            assert process.stdout is not None
-            yield process.stdout.readline().split()[-1]
+            yield address_of(process)
         finally:
             process.terminate()
             assert process.wait(20) == 0
     assert not list(folder.iterdir())
+
+
+@contextmanager
+def started(
+    folder: Path, token: str | None = TOKEN, emulated: bool = False, cpu: str = "", user: int | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """A server that makes its folders in ``folder``; without a token in its environment for None."""
+    if emulated and (absent := qemu.missing()):
+        pytest.skip(absent)
+    command = [str(server("aarch64-linux-gnu-gcc" if emulated else "gcc")), "--port", "0", "--folder", folder.name]
+    command += ["--with", f"qemu-aarch64 -cpu {cpu}"] if cpu else []
+    environment = {name: value for name, value in os.environ.items() if name != rpc.TOKEN}
+    environment |= {} if token is None else {rpc.TOKEN: token}
+    before = ["qemu-aarch64"] if emulated else []
+    with subprocess.Popen(
+        [*before, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        cwd=folder.parent, user=user,
+    ) as process:  # fmt: skip
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def address_of(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().split()[-1]
 
 
 def script(folder: Path, text: str) -> Path:
@@ -93,7 +114,7 @@ def test_what_is_refused(tmp_path):
     with listening(tmp_path / "device") as address:
         with pytest.raises(UserError, match="the token is wrong"):
             Device(address, "another")
-        with pytest.raises(UserError, match="the token is wrong"):
+        with pytest.raises(UserError, match=f"{address} needs a token: set MPQ_TOKEN"):
             Device(address, "")
         with Device(address, TOKEN) as device:
             for name in ("../out", "/etc/passwd", ".hidden", "-rf", "a b"):
@@ -113,10 +134,96 @@ def test_what_is_refused(tmp_path):
         Device(address, TOKEN)
     with pytest.raises(UserError, match="must be HOST:PORT"):
         Device("board")
-    done = subprocess.run(
-        [server("gcc"), "--host", "0.0.0.0", "--port", "0"], capture_output=True, text=True, env={"MPQ_TOKEN": ""}
-    )
-    assert done.returncode == 1 and "beyond 127.0.0.1 a token is needed" in done.stderr
+
+
+@pytest.mark.parametrize("token", ["", "x", "fifteen letters"])
+def test_a_short_token_is_refused(tmp_path, token):
+    with started(tmp_path, token) as process:
+        assert process.wait(20) == 1
+        assert process.stderr is not None
+        assert f"error: MPQ_TOKEN has {len(token)} characters: give it 16 to 4095" in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--port", "many"], "--port many must be a number up to 65535"),
+        (["--port", "65536"], "--port 65536 must be a number up to 65535"),
+        (["--host", "board"], "--host board must be an IPv4 address of this machine"),
+        (["--folder", "/none"], "cannot make a folder in /none"),
+    ],
+)
+def test_options_that_are_refused(options, sentence):
+    done = subprocess.run([server("gcc"), *options], capture_output=True, text=True, env={rpc.TOKEN: TOKEN})
+    assert done.returncode == 1 and f"error: {sentence}" in done.stderr
+
+
+def test_a_server_without_a_token_makes_one(tmp_path, monkeypatch):
+    """Another at each start; nobody who does not know it gets in, on this machine either."""
+    monkeypatch.delenv(rpc.TOKEN, raising=False)
+    tokens = []
+    for _ in range(2):
+        with started(tmp_path, token=None) as process:
+            address = address_of(process)
+            assert process.stdout is not None
+            name, _, token = process.stdout.readline().strip().partition("=")
+            assert name == rpc.TOKEN and len(token) == 32
+            tokens.append(token)
+            with pytest.raises(UserError, match="needs a token: set MPQ_TOKEN"):
+                Device(address)
+            with pytest.raises(UserError, match="the token is wrong: set MPQ_TOKEN"):
+                Device(address, "0" * 32)
+            with socket.create_connection(tuple(address.split(":"))) as stranger:
+                stranger.sendall(b"MPQ1" + rpc._text(""))
+                assert stranger.recv(1) == b"\1"
+            monkeypatch.setenv(rpc.TOKEN, token)
+            with Device(address):
+                pass
+            monkeypatch.delenv(rpc.TOKEN)
+            process.terminate()
+            assert process.wait(20) == 0
+    assert tokens[0] != tokens[1]
+
+
+def asked(address: str, request: bytes) -> str:
+    """The sentence that a request is refused with."""
+    device = Device(address, TOKEN)
+    with device, pytest.raises(UserError) as error:
+        device._ask(request)
+    return str(error.value)
+
+
+def test_what_a_client_claims_is_bounded(tmp_path):
+    def number(value: int, size: int = 4) -> bytes:
+        return value.to_bytes(size, "little")
+
+    (tmp_path / "device").mkdir()
+    with listening(tmp_path / "device") as address:
+        for request in (b"P", b"G", b"R" + number(1)):
+            assert "of 4294967295 bytes is too long: it may have 4095" in asked(address, request + number(2**32 - 1))
+        for count in (0, 65, 2**32 - 1):
+            assert f"{count} words are no command: 1 to 64 are" in asked(address, b"R" + number(count))
+        large = b"P" + rpc._text("data") + number(2**63, 8) + bytes(1000)
+        assert f"has no room for a file of {2**63} bytes" in asked(address, large)
+        huge = tmp_path / "huge"
+        with huge.open("wb") as file:
+            file.truncate(1 << 42)
+        with Device(address, TOKEN) as device, pytest.raises(UserError, match=f"no room for a file of {1 << 42} bytes"):
+            device.put(huge)
+        with Device(address, TOKEN) as device, pytest.raises(UserError, match="a connection may send 1024 files"):
+            for _ in range(1025):
+                device.put(script(tmp_path, "true"))
+        with pytest.raises(UserError, match="token of 5000 bytes is too long"):
+            Device(address, "x" * 5000)
+
+
+def test_who_says_nothing_makes_room(tmp_path):
+    (tmp_path / "device").mkdir()
+    with listening(tmp_path / "device") as address, socket.create_connection(tuple(address.split(":"))) as silent:
+        silent.sendall(b"MPQ1")
+        begun = time.monotonic()
+        with Device(address, TOKEN):
+            assert 5 < time.monotonic() - begun < 20
 
 
 def test_a_dropped_connection_leaves_nothing_running(tmp_path):
@@ -136,6 +243,155 @@ def test_a_dropped_connection_leaves_nothing_running(tmp_path):
             last = alive.read_text()
             time.sleep(0.5)
             assert alive.read_text() == last
+
+
+DAEMON = """\
+setsid sh -c 'echo $$ > {0}.part; mv {0}.part {0}; exec sleep 600' </dev/null >/dev/null 2>&1 &
+while [ ! -e {0} ]; do sleep 0.02; done
+"""
+"""A script that starts a process in a session of its own, which writes its number to a file."""
+LITTER = """\
+mkdir -p sub/deep .hidden/.more closed && touch sub/deep/file .dot .hidden/.more/file closed/file
+ln -s {0} sub/link && ln -s {0} link && chmod 0 closed
+"""
+"""A script that leaves files, folders, and links to a folder that is none of its own."""
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no corpse."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def waited(path: Path) -> None:
+    deadline = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def ended(pid: int) -> bool:
+    deadline = time.monotonic() + 20
+    while runs(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not runs(pid)
+
+
+def emptied(folder: Path) -> bool:
+    deadline = time.monotonic() + 20
+    while list(folder.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not list(folder.iterdir())
+
+
+@contextmanager
+def busy(folder: Path, process: subprocess.Popen[str], lines: str = "sleep 600") -> Iterator[tuple[Device, list[int]]]:
+    """A connection whose program runs and has left a daemon and litter; the numbers of both processes."""
+    (folder / "kept").mkdir()
+    (folder / "kept" / "file").touch()
+    text = DAEMON.format(folder / "daemon") + LITTER.format(folder / "kept") + f"echo $$ > {folder / 'main'}.part\n"
+    with Device(address_of(process), TOKEN) as device:
+        device.put(script(folder, f"{text}mv {folder / 'main'}.part {folder / 'main'}\n{lines}"))
+        device._send(b"R" + (1).to_bytes(4, "little") + rpc._text("script"))
+        waited(folder / "main")
+        numbers = [int((folder / name).read_text()) for name in ("daemon", "main")]
+        assert all(map(runs, numbers))
+        yield device, numbers
+        assert all(map(ended, numbers))
+        assert emptied(folder / "device")
+        assert (folder / "kept" / "file").exists(), "no link is followed"
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+def test_what_a_program_leaves_ends_with_it(tmp_path, emulated):
+    """A daemon in a session of its own, one that holds the output, and one that starts itself again and again."""
+    (tmp_path / "device").mkdir()
+    again = f"echo . >> {tmp_path / 'count'}\nsetsid ./again </dev/null >/dev/null 2>&1 &"
+    with listening(tmp_path / "device", emulated=emulated) as address, Device(address, TOKEN) as device:
+        device.put(script(tmp_path, DAEMON.format(tmp_path / "daemon") + "sleep 600 &\necho said"))
+        assert device.run("script") == (0, "said\n")
+        assert not runs(int((tmp_path / "daemon").read_text()))
+        device.put(script(tmp_path, again), "again")
+        assert device.run("again") == (0, "")
+        count = (tmp_path / "count").read_text()
+        time.sleep(0.3)
+        assert (tmp_path / "count").read_text() == count
+
+
+@pytest.mark.parametrize("emulated", [False, True])
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL"])
+def test_the_end_of_the_server_ends_all(tmp_path, emulated, end):
+    (tmp_path / "device").mkdir()
+    with started(tmp_path / "device", emulated=emulated) as process, busy(tmp_path, process):
+        process.send_signal(getattr(signal, end))
+        assert process.wait(20) == (-signal.SIGKILL if end == "SIGKILL" else 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root starts a server of another user")
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL"])
+def test_the_server_of_a_user_who_makes_no_control_groups(end):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "device").mkdir()
+        for each in (folder, folder / "device"):
+            each.chmod(0o777)
+        with started(folder / "device", user=65534) as process, busy(folder, process):
+            process.send_signal(getattr(signal, end))
+            assert process.wait(20) == (-signal.SIGKILL if end == "SIGKILL" else 0)
+
+
+def test_the_end_of_the_client_ends_all(tmp_path):
+    (tmp_path / "device").mkdir()
+    with started(tmp_path / "device") as process:
+        with busy(tmp_path, process) as (device, _):
+            device.socket.close()
+        process.terminate()
+
+
+def test_a_program_that_kills_who_serves_it_ends_nobody_else(tmp_path):
+    """The server clears up in its place and serves the next."""
+    (tmp_path / "device").mkdir()
+    with started(tmp_path / "device") as process:
+        kills = f"until [ -e {tmp_path}/now ]; do sleep 0.02; done; kill -9 $PPID; sleep 600"
+        with busy(tmp_path, process, kills) as (device, _):
+            (tmp_path / "now").touch()
+        with Device(device.address, TOKEN) as other:
+            other.put(script(tmp_path, "exit 7"))
+            assert other.run("script") == (7, "")
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+def test_leftovers_are_removed_at_the_next_start(tmp_path):
+    """Of servers that were killed with all their processes; what another server still uses stays, as does all else."""
+    folder = tmp_path / "device"
+    (folder / "mpq-rpc-abcdef" / "deep").mkdir(parents=True)
+    (folder / "mpq-rpc-abcdef" / ".dot").touch()
+    others = [folder / "mpq-rpc-abc", folder / "mpq-rpc-abcdefg", folder / "mpq-abcdef"]
+    for each in others:
+        each.mkdir()
+    (folder / "mpq-rpc-linked").symlink_to(others[0])
+    with started(folder) as process, Device(address_of(process), TOKEN) as device:
+        assert not (folder / "mpq-rpc-abcdef").exists()
+        device.put(script(tmp_path, "exit 3"))
+        with started(folder) as second:
+            address_of(second)
+            assert device.run("script") == (3, "")
+            second.terminate()
+            assert second.wait(20) == 0
+        process.terminate()
+        assert process.wait(20) == 0
+    assert sorted(folder.iterdir()) == sorted([*others, folder / "mpq-rpc-linked"])
+
+
+def test_no_depth_of_folders_is_too_much(tmp_path):
+    (tmp_path / "device").mkdir()
+    with listening(tmp_path / "device") as address, Device(address, TOKEN) as device:
+        deeper = "[(os.mkdir('0'), os.chdir('0')) for _ in range(3000)]"
+        command = f"{sys.executable} -c \"import os; {deeper}\""
+        device.put(script(tmp_path, f"mkdir 1 2; touch 1/file; cd 2; {command}"))
+        assert device.run("script")[0] == 0
 
 
 def test_a_program_may_close_its_output(tmp_path):
@@ -223,7 +479,8 @@ def test_programs_for_another_device_are_refused(tmp_path, monkeypatch):
             measured(plans, address)
 
 
-def test_a_device_of_a_model_is_asked_before_anything_is_compiled(tmp_path):
+def test_a_device_of_a_model_is_asked_before_anything_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.setenv(rpc.TOKEN, "another that is wrong")
     (tmp_path / "device").mkdir()
     with listening(tmp_path / "device") as address:
         with pytest.raises(UserError, match="the token is wrong"):
