@@ -21,9 +21,21 @@ from mpq_compiler.backends.tvm import inspect, lowering
 from mpq_compiler.backends.tvm.compile import tune as tune_
 from mpq_compiler.backends.tvm.compile.worker import Crash, Failure, Worker
 from mpq_compiler.backends.tvm.emit.walk import OUTPUT, SelectKernels
-from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
+from mpq_compiler.backends.tvm.plan.calls import (
+    BATCH,
+    Accepted,
+    Call,
+    Function,
+    Kernel,
+    Lowered,
+    Made,
+    Part,
+    Token,
+    Value,
+)
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.ir import stored_tensors
+from mpq_compiler.ir.findings import ASSUMPTIONS
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.specialization import Specialization
 from mpq_compiler.pipeline.backend import Built, Progress
@@ -90,7 +102,7 @@ def build(
 
     def further(worker: Worker, made: Made) -> None:
         if emit:
-            beside.update(_standalone(lowered, target, tensors, worker, made, emit == "machine"))
+            beside.update(_standalone(lowered, target, tensors, worker, made, _accepted(program), emit == "machine"))
         if target.is_cuda12:
             worker("cudart", target, str(path := made.library.with_name(CUDART)))
             beside[CUDART] = path.read_bytes()
@@ -302,8 +314,21 @@ def compile_objects(
     return objects
 
 
+def _accepted(program: Program) -> Accepted:
+    """What the runtime looks for in every call, from the manifest (`driver.manifest`)."""
+    below = tuple((spec.name, spec.below) for spec in program.inputs if spec.below is not None)
+    assumed = program.facts.get(ASSUMPTIONS, ())
+    return Accepted(below, tuple(Token(each["input"], each["token"], tuple(each["values"])) for each in assumed))
+
+
 def _standalone(
-    lowered: Lowered, target: Target, tensors: Mapping[str, Any], worker: Worker, made: Made, machine: bool
+    lowered: Lowered,
+    target: Target,
+    tensors: Mapping[str, Any],
+    worker: Worker,
+    made: Made,
+    accepted: Accepted,
+    machine: bool,
 ) -> dict[str, bytes]:
     """The files of a program, by name. machine: it runs on TVM's runtime."""
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
@@ -314,7 +339,7 @@ def _standalone(
         folder.mkdir()
         try:
             places = tensorfile.places(tensors)
-            names = worker("standalone", folder, lowered, target, made, weights, places, machine)
+            names = worker("standalone", folder, lowered, target, made, weights, places, accepted, machine)
         except (Crash, Failure) as error:
             raise UserError(f"the program for '{target.name}' cannot be linked: {error}; report the model") from error
         return {name: (folder / name).read_bytes() for name in names}

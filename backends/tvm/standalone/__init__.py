@@ -20,12 +20,12 @@ import numpy as np
 from mpq_compiler.artifact.bundle import PROGRAM, SERVER
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument, sized
-from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.plan.calls import Accepted, Call, Function, Kernel, Lowered, Value
 from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.tensorfile import ALIGNMENT
 from mpq_compiler.targets.table import Target
 
-COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq_run.c", "CMakeLists.txt")
+COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq_json.h", "mpq_run.c", "CMakeLists.txt")
 SOURCES = (*COMMON, "mpq.c", "mpq_pool.h", "mpq_rpc.c")
 MACHINE = (*COMMON, "mpq_vm.c")
 MODEL, KERNELS = "mpq_model.c", "libkernels.a"
@@ -69,7 +69,13 @@ def describe(path: Path) -> File:
 
 
 def write(
-    folder: Path, lowered: Lowered, target: Target, objects: Sequence[Path], weights: Weights, workspace_bytes: int
+    folder: Path,
+    lowered: Lowered,
+    target: Target,
+    objects: Sequence[Path],
+    weights: Weights,
+    workspace_bytes: int,
+    accepted: Accepted | None = None,
 ) -> list[str]:
     """Writes the C program with its own executor, and compiles it.
 
@@ -80,6 +86,7 @@ def write(
         objects: the object file of each kernel.
         weights: the weights file.
         workspace_bytes: the workspaces of a thread, at most.
+        accepted: what inputs may hold.
 
     Returns:
         The names of the files: the sources, the archive of the kernels, and two static executables, `PROGRAM` with the
@@ -88,7 +95,7 @@ def write(
     Raises:
         UserError: there is no compiler for the target.
     """
-    _sources(folder, SOURCES, _Model(lowered, target, weights, workspace_bytes).text())
+    _sources(folder, SOURCES, _Model(lowered, target, weights, accepted or Accepted(), workspace_bytes).text())
     compiler = linker(target)
     archiver = compiler.removesuffix("gcc") + "ar" if compiler.endswith("-gcc") else "ar"
     run(folder, archiver, "rcsD", KERNELS, *(str(path.resolve()) for path in objects))
@@ -98,7 +105,13 @@ def write(
 
 
 def write_machine(
-    folder: Path, lowered: Lowered, target: Target, library: Path, weights: Weights, held_bytes: int
+    folder: Path,
+    lowered: Lowered,
+    target: Target,
+    library: Path,
+    weights: Weights,
+    held_bytes: int,
+    accepted: Accepted | None = None,
 ) -> list[str]:
     """Writes the C program that runs kernels.so on TVM's runtime, and compiles it.
 
@@ -109,6 +122,7 @@ def write_machine(
         library: kernels.so.
         weights: the weights file.
         held_bytes: the memory that the runtime takes.
+        accepted: what inputs may hold.
 
     Returns:
         The names of the files: the sources and `PROGRAM`.
@@ -116,7 +130,8 @@ def write_machine(
     Raises:
         UserError: there is no compiler for the target.
     """
-    _sources(folder, MACHINE, _Machine(lowered, target, weights).text(describe(library), held_bytes))
+    machine = _Machine(lowered, target, weights, accepted or Accepted())
+    _sources(folder, MACHINE, machine.text(describe(library), held_bytes))
     run(folder, linker(target), *LINKED, "mpq_vm.c", "mpq_run.c", MODEL, "-ldl", "-o", PROGRAM)
     return sorted([*MACHINE, MODEL, PROGRAM])
 
@@ -185,6 +200,7 @@ class _Tables:
     lowered: Lowered
     target: Target
     weights: Weights
+    accepted: Accepted
     shapes: list[int] = field(default_factory=list, init=False)
     first_of: dict[tuple[int, ...], int] = field(default_factory=dict, init=False)
 
@@ -193,11 +209,16 @@ class _Tables:
         asked = (feature for kernel in self.lowered.kernels() for feature in kernel.features(self.target.arch))
         needed = dict.fromkeys([*self.target.features, *asked])
         features = ", ".join([*(f'"{name}"' for name in needed), "NULL"])
+        tokens = self.accepted.tokens
+        values = [", ".join(np.float32(value).item().hex() + "f" for value in each.values) for each in tokens]
+        rows = [f'{{"{t.input}", {t.token}, {len(t.values)}, token_{i}}}' for i, t in enumerate(tokens)]
         return [
             f"static const char *const features[] = {{{features}}};",
             _table("mpq_function", "functions", functions),
+            *(_table("float", f"token_{i}", [row]) for i, row in enumerate(values)),
+            _table("mpq_token", "tokens", rows or ["{0}"]),
             f'const mpq_build mpq_the_build = {{"{self.target.name}", features, {self.weights.file}, functions, '
-            f"{len(functions)}}};",
+            f"{len(functions)}, tokens, {len(rows)}}};",
         ]
 
     def _shape(self, shape: tuple[int, ...]) -> int:
@@ -210,7 +231,8 @@ class _Tables:
     def _tensor(self, name: str, value: Value, batch: int) -> str:
         shape, dtype = sized(value.shape, batch), np.dtype(value.dtype)
         code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
-        return f'{{"{name}", "{code}", {len(shape)}, shapes + {self._shape(shape)}, {_bytes(shape, value.dtype)}}}'
+        size, below = _bytes(shape, value.dtype), dict(self.accepted.below).get(name, 0)
+        return f'{{"{name}", "{code}", {len(shape)}, shapes + {self._shape(shape)}, {size}, {below}}}'
 
     def _tensors(self, values: Iterable[Value], batch: int) -> str:
         return ", ".join(self._tensor(value.name, value, batch) for value in values)

@@ -12,7 +12,7 @@ from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import Target
 
-SHARED = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq.c", "mpq_pool.h")
+SHARED = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq_json.h", "mpq.c", "mpq_pool.h")
 """The sources that every part has as well."""
 DRAWING = ("mpq_draw.c", "stb_image_write.h")
 TABLE = "mpq_parts.c"

@@ -182,8 +182,9 @@ static mpq_model *opened(int number, const char *weights, int threads) {
     return model;
 }
 
+static const mpq_build *build_of(const mpq_model *model) { return model->build; }
+
 static int called(mpq_model *model, int function, const void *const *inputs, void *output) {
-    if (!is_function(model->build, function)) return -1;
     const mpq_function *own = &model->build->functions[function];
     const mpq_steps *steps = &model->plan->steps[function];
     use_threads(model->threads);

@@ -15,6 +15,7 @@ typedef struct {
     int ndim;
     const int64_t *shape;
     size_t bytes;
+    int64_t below; /* of whole numbers, such as labels: they go from 0 to below - 1; 0: there is no bound */
 } mpq_tensor;
 
 /* The denoiser at one batch and image size. */
@@ -37,7 +38,9 @@ const mpq_function *mpq_functions(int *count);
 mpq_model *mpq_open(const char *weights, int threads);
 
 /* One call of mpq_functions()[function]: inputs in its order, each of its bytes; the output of its bytes. Allocates
- * nothing of its own. 0, or -1 with mpq_error(). One call at a time. */
+ * nothing of its own. 0, or -1 with mpq_error(): values that Python refuses too, which are NaN and infinity, there or
+ * in the output, labels out of range, and texts that do not begin as they did when it was compiled. One call at a
+ * time. */
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output);
 
 /* The next call computes everything; others only what their inputs, the latents aside, were not known for: timesteps and

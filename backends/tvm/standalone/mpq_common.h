@@ -63,7 +63,8 @@ static void restore_floats(uint64_t before) {
 #endif
 }
 
-/* Of mpq.c and mpq_vm.c: what they do under those floats. */
+/* Of mpq.c and mpq_vm.c: whose functions they are, and what they do under those floats. */
+static const mpq_build *build_of(const mpq_model *model);
 static mpq_model *opened(int number, const char *weights, int threads);
 static int called(mpq_model *model, int function, const void *const *inputs, void *output);
 
@@ -79,9 +80,17 @@ mpq_model *mpq_open(const char *weights, int threads) { return mpq_open_model(0,
 
 const mpq_function *mpq_functions(int *count) { return mpq_functions_of(0, count); }
 
+/* Of both (below): what Python does not take either (mpq_compiler/runtime/compiled_denoiser.py). */
+static bool takes(const mpq_build *build, const mpq_function *own, const void *const *inputs);
+static bool is_sound(const mpq_tensor *output, const void *data);
+
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
+    const mpq_build *build = build_of(model);
+    if (!is_function(build, function)) return -1;
+    const mpq_function *own = &build->functions[function];
     uint64_t before = plain_floats();
-    int code = called(model, function, inputs, output);
+    int code = takes(build, own, inputs) ? called(model, function, inputs, output) : -1;
+    if (!code && !is_sound(&own->output, output)) code = -1;
     restore_floats(before);
     return code;
 }
@@ -152,6 +161,92 @@ static bool fits_cpu(const mpq_build *build) {
             return false;
         }
     return !used;
+}
+
+/* ------------------------------------------------------------------------------------------- inputs, output */
+
+/* How many values of a tensor are NaN or infinite, and the place of the first: all bits of the exponent are set. */
+static int64_t odd_values(const mpq_tensor *about, const void *data, int64_t *first, int64_t *count) {
+    int64_t found = 0;
+    *count = 1;
+    for (int i = 0; i < about->ndim; i++) *count *= about->shape[i];
+    if (*about->dtype != 'F') return 0;
+#define COUNT(type, mask)                                                                                              \
+    for (int64_t i = *count; i--;) {                                                                                   \
+        type word;                                                                                                     \
+        memcpy(&word, (const char *)data + i * (int64_t)sizeof word, sizeof word); /* it need not be aligned */        \
+        bool odd = (word & (type)(mask)) == (type)(mask);                                                              \
+        *first = odd ? i : *first;                                                                                     \
+        found += odd;                                                                                                  \
+    }                                                                                                                  \
+    break
+    switch (about->bytes / (size_t)*count) {
+    case 2: COUNT(uint16_t, 0x7c00);
+    case 4: COUNT(uint32_t, 0x7f800000);
+    case 8: COUNT(uint64_t, 0x7ff0000000000000);
+    }
+#undef COUNT
+    return found;
+}
+
+static bool in_range(const mpq_tensor *about, const void *data) {
+    int64_t batch = about->ndim ? about->shape[0] : 1, count = 1;
+    for (int i = 0; i < about->ndim; i++) count *= about->shape[i];
+    size_t size = about->bytes / (size_t)count;
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t word = 0; /* of little-endian bytes, whose sign is the highest bit */
+        memcpy(&word, (const char *)data + (size_t)i * size, size);
+        int64_t label = (int64_t)(word << (64 - 8 * size)) >> (64 - 8 * size);
+        if (label < 0 || label >= about->below)
+            return fail("input '%s' is %lld in sample %lld; it goes from 0 to %lld", about->name, (long long)label,
+                        (long long)(i / (count / batch)), (long long)about->below - 1);
+    }
+    return true;
+}
+
+/* Whether every sample has the token within 2 % (ASSUMED_TO): encoders of texts differ by thousandths. */
+static bool begins_with(const mpq_token *token, const mpq_tensor *about, const void *data) {
+    double magnitude = 0;
+    for (int i = 0; i < token->width; i++) magnitude += token->values[i] < 0 ? -token->values[i] : token->values[i];
+    for (int64_t sample = 0; sample < about->shape[0]; sample++) {
+        int64_t begin = (sample * about->shape[1] + token->token) * token->width;
+        double difference = 0;
+        for (int i = 0; i < token->width; i++) {
+            float value;
+            memcpy(&value, (const char *)data + (begin + i) * (int64_t)sizeof value, sizeof value);
+            difference += value < token->values[i] ? token->values[i] - value : value - token->values[i];
+        }
+        if (difference > 0.02 * magnitude)
+            return fail("token %d of '%s' in sample %lld is not the one with which every prompt began when this "
+                        "artifact was compiled; its keys and values are constants since: encode texts as they were "
+                        "for calibration, or compile without the pass 'bos-split'",
+                        token->token, token->input, (long long)sample);
+    }
+    return true;
+}
+
+static bool takes(const mpq_build *build, const mpq_function *own, const void *const *inputs) {
+    int64_t first = 0, count;
+    for (int i = 0; i < own->inputs; i++) {
+        const mpq_tensor *about = &own->input[i];
+        if (odd_values(about, inputs[i], &first, &count))
+            return fail("input '%s' holds NaN or infinity in sample %lld; check what made it", about->name,
+                        (long long)(first / (count / about->shape[0])));
+        if (about->below && !in_range(about, inputs[i])) return false;
+        for (int k = 0; k < build->token_count; k++) {
+            const mpq_token *token = &build->tokens[k];
+            if (!strcmp(token->input, about->name) && !begins_with(token, about, inputs[i])) return false;
+        }
+    }
+    return true;
+}
+
+static bool is_sound(const mpq_tensor *output, const void *data) {
+    int64_t first = 0, count, found = odd_values(output, data, &first, &count);
+    if (!found) return true;
+    return fail("output '%s' holds NaN or infinity in %lld of %lld values, first in sample %lld; inputs far outside the "
+                "calibrated range do that, and so may too few bits",
+                output->name, (long long)found, (long long)count, (long long)(first / (count / output->shape[0])));
 }
 
 /* ---------------------------------------------------------------------------------------------- the files */

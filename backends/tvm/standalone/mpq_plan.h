@@ -9,12 +9,21 @@ typedef struct {
     uint64_t bytes, sum; /* sum_of (mpq_common.h) */
 } mpq_file;
 
+/* A token of an input [batch, tokens, width] that was compiled in as a constant (pass bos-split). */
+typedef struct {
+    const char *input;
+    int token, width;
+    const float *values;
+} mpq_token;
+
 typedef struct {
     const char *target;
     const char *const *features; /* as /proc/cpuinfo spells them, NULL behind the last */
     mpq_file weights;
     const mpq_function *functions;
     int function_count;
+    const mpq_token *tokens;
+    int token_count;
 } mpq_build;
 
 extern const mpq_build mpq_the_build;
