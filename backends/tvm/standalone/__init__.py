@@ -290,9 +290,13 @@ class _Model(_Tables):
     reads: list[str] = field(default_factory=list)
     kept_bytes: int = 0
     signatures: dict[Kernel, tuple[list[Argument], list[Argument]]] = field(default_factory=dict)
+    last: dict[str, Call] = field(default_factory=dict)
+    """The call of the preparation that reads a tensor last, where no function does."""
 
     def text(self) -> str:
         lowered = self.lowered
+        self.last = {name: call for call in lowered.preparation for _, name in call.operands}
+        self.last = {name: call for name, call in self.last.items() if name not in lowered.prepared}
         for kernel in lowered.kernels():
             self.signatures[kernel] = templates.arguments(kernel, self.target)
         held, held_bytes, copies = self._held()
@@ -321,9 +325,11 @@ class _Model(_Tables):
                 steps.append(f"{{{calls}, inputs_{name}, {own.places[function.output.name]}}}")
         kernels = sorted(kernel.name for kernel in self.signatures)
         workspace = _aligned(self.workspace_bytes + 64 * ALIGNMENT)
+        spans = (self.weights.places[name] for name in lowered.prepared if stored.get(name, ("",))[0] == "MPQ_FILE")
+        file_bytes = sum(end - first for first, end in spans)
         plan = [
-            held_bytes, max(peak, ALIGNMENT), max(self.kept_bytes, ALIGNMENT), workspace, "shapes", "operands",
-            len(self.operands), "calls", "stages", len(self.stages), "reads", "copies", len(copies),
+            held_bytes, max(peak, ALIGNMENT), max(self.kept_bytes, ALIGNMENT), workspace, file_bytes, "shapes",
+            "operands", len(self.operands), "calls", "stages", len(self.stages), "reads", "copies", len(copies),
             f"{{{prepare.first[0]}, {prepare.first[1] - prepare.first[0]}, 0, 0, NULL, 0}}", "steps",
         ]  # fmt: skip
         return "\n".join(
@@ -443,7 +449,8 @@ class _Model(_Tables):
             space, at = where[name]
             dtype, shape = np.dtype(argument.dtype), sized(argument.shape, batch)
             code = f"{TYPE_CODES[dtype.kind]}, {8 * dtype.itemsize}"
-            self.operands.append(f"{{{space}, {code}, {len(shape)}, {self._shape(shape)}, {at}}}")
+            last = _bytes(shape, argument.dtype) if space == "MPQ_FILE" and self.last.get(name) is call else 0
+            self.operands.append(f"{{{space}, {code}, {len(shape)}, {self._shape(shape)}, {at}, {last}}}")
         name = f"__tvm_ffi_{call.kernel.name}"
         self.calls.append(f'{{{name}, "{call.kernel.name}", {begin}, {len(self.operands) - begin}}}')
 

@@ -32,7 +32,7 @@ typedef struct mpq_model mpq_model;
 /* The functions of this program, `*count` of them. */
 const mpq_function *mpq_functions(int *count);
 
-/* Maps the weights file, prepares the weights for the kernels, and starts threads - 1 threads (0: one for each CPU).
+/* Reads the weights file, prepares the weights for the kernels, closes it for good, and starts threads - 1 threads (0: one for each CPU).
  * NULL, with mpq_error(): a CPU without what the kernels need, a file that cannot be read or is not that of this build,
  * or no memory. Threads and their number are those of the process. */
 mpq_model *mpq_open(const char *weights, int threads);
@@ -51,7 +51,7 @@ void mpq_forget(mpq_model *model);
  * behind each call of one, and computes everything. NULL: no longer. 0, or -1 with mpq_error() where the program does not know them. */
 int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data);
 
-/* Memory that the model keeps, beside the file that it maps. */
+/* Memory that the model keeps. */
 size_t mpq_bytes(const mpq_model *model);
 
 void mpq_close(mpq_model *model);

@@ -251,20 +251,41 @@ static bool is_sound(const mpq_tensor *output, const void *data) {
 
 /* ---------------------------------------------------------------------------------------------- the files */
 
-/* Of 64-bit words, each times an odd number of its own: no change of one word goes unseen. */
-static uint64_t sum_of(const char *data, uint64_t bytes) {
-    uint64_t sum = bytes, word;
+/* Of 64-bit words, each times an odd number of its own: no change of one word goes unseen. `at`: where the bytes begin
+ * in their file, a multiple of 8. */
+static uint64_t sum_of(const char *data, uint64_t at, uint64_t bytes) {
+    uint64_t sum = 0, word;
     for (uint64_t i = 0; i * 8 < bytes; i++) {
         uint64_t left = bytes - i * 8;
         word = 0;
         memcpy(&word, data + i * 8, left < 8 ? left : 8);
-        sum += word * (2 * i + 1);
+        sum += word * (2 * (at / 8 + i) + 1);
     }
     return sum;
 }
 
-/* The bytes of a file, if it is that of this build. what: "weights", for sentences. */
-static char *map(const char *path, const mpq_file *file, const char *what) {
+/* Reads an open file to its end, which must come where it is expected; returns whether it did, and the sum. */
+static bool read_in(int handle, char *data, uint64_t bytes, uint64_t *sum) {
+    enum { PIECE = 1 << 20 }; /* which is summed while it is at hand */
+    *sum = bytes;
+    for (uint64_t at = 0, end; at < bytes; at = end) {
+        end = bytes - at < PIECE ? bytes : at + PIECE;
+        for (uint64_t to = at; to < end;) {
+            ssize_t done = read(handle, data + to, end - to);
+            if (done < 0 && errno == EINTR) continue;
+            if (!done) errno = EIO; /* it became shorter meanwhile */
+            if (done <= 0) return false;
+            to += (uint64_t)done;
+        }
+        *sum += sum_of(data + at, at, end - at);
+    }
+    return true;
+}
+
+/* The bytes of a file in memory of this process, if they are those of this build: what is compared is what is used, and
+ * what becomes of the file later changes nothing (a mapping would see it, and end the process where a page is gone).
+ * what: "weights", for sentences. */
+static char *read_file(const char *path, const mpq_file *file, const char *what) {
     struct stat about;
     int handle = open(path, O_RDONLY | O_CLOEXEC);
     if (handle < 0 || fstat(handle, &about)) {
@@ -273,21 +294,30 @@ static char *map(const char *path, const mpq_file *file, const char *what) {
         return NULL;
     }
     char *data = MAP_FAILED;
-    if ((uint64_t)about.st_size == file->bytes)
-        data = mmap(NULL, file->bytes, PROT_READ, MAP_PRIVATE, handle, 0);
-    else
+    uint64_t sum = 0;
+    if ((uint64_t)about.st_size != file->bytes)
         fail("%s has %lld bytes, and the %s of this build %llu: take the file that was compiled with it", path,
              (long long)about.st_size, what, (unsigned long long)file->bytes);
-    if (data == MAP_FAILED && (uint64_t)about.st_size == file->bytes)
-        fail("cannot map the %s %s: %s", what, path, strerror(errno));
+    else if ((data = mmap(NULL, file->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) == MAP_FAILED)
+        fail("there is no memory for the %s, %llu bytes", what, (unsigned long long)file->bytes);
+    else if (!read_in(handle, data, file->bytes, &sum))
+        fail("cannot read the %s %s: %s", what, path, strerror(errno));
+    else if (sum == file->sum) {
+        close(handle);
+        return data;
+    } else
+        fail("%s holds other %s than those of this build: take the file that was compiled with it", path, what);
+    if (data != MAP_FAILED) munmap(data, file->bytes);
     close(handle);
-    if (data == MAP_FAILED) return NULL;
-    if (sum_of(data, file->bytes) != file->sum) {
-        munmap(data, file->bytes);
-        return fail("%s holds other %s than those of this build: take the file that was compiled with it", path, what);
-    }
-    madvise(data, file->bytes, MADV_DONTNEED); /* what is read again comes from the system's cache */
-    return data;
+    return NULL;
+}
+
+/* Gives memory of whole pages back: what was read in for once. */
+static void drop(char *data, uint64_t bytes) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)data, end = begin + bytes;
+    begin = (begin + page - 1) / page * page;
+    end = end / page * page;
+    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
 /* As DLPack lays out a tensor (dlpack.h), and TVM an argument. */

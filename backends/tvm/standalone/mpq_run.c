@@ -168,7 +168,7 @@ int main(int count, char **words) {
     double begin = now(each.clock);
     mpq_model *model = mpq_open(weights, threads);
     if (!model) return refuse(mpq_error(), "");
-    printf("%s: opened in %.1f ms, %.1f MiB beside the weights\n", own->name, now(each.clock) - begin,
+    printf("%s: opened in %.1f ms, %.1f MiB of memory\n", own->name, now(each.clock) - begin,
            (double)mpq_bytes(model) / (1 << 20));
     for (int i = 0; i < repeat; i++) {
         if (!reuse) mpq_forget(model);

@@ -6,8 +6,10 @@ import functools
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +94,7 @@ def run(
 
 SHAPE = (1, 4, 14, 14)
 REFUSED = {
-    "input 'sample' has shape [1, 14, 14, 4]; denoise_b1 takes [1, 4, 14, 14]": {"sample": np.ones((1, 14, 14, 4), "f")},
+    "has shape [1, 14, 14, 4]; denoise_b1 takes [1, 4, 14, 14]": {"sample": np.ones((1, 14, 14, 4), np.float32)},
     "input 'sample' has shape [2, 4, 14, 14]; denoise_b1 takes": {"sample": np.zeros((2, 4, 14, 14), "f")},
     "input 'sample' is F64; this artifact takes F32": {"sample": np.zeros((1, 4, 14, 14))},
     "input 'class_labels' is I32; this artifact takes I64": {"class_labels": np.array([5], np.int32)},
@@ -297,3 +299,88 @@ def _no_room() -> None:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+
+
+OPENED = """
+import ctypes, os, sys
+import numpy as np
+
+mpq = ctypes.CDLL(sys.argv[1])
+mpq.mpq_open.restype = ctypes.c_void_p
+weights, kernels = sys.argv[2] + "/weights.safetensors", sys.argv[2] + "/kernels.so"
+model = ctypes.c_void_p(mpq.mpq_open(weights.encode(), 1))
+assert model.value
+given = [np.ones((1, 4, 14, 14), np.float32), np.full(1, 500, np.float32), np.full(1, 3)]
+
+def run():
+    mpq.mpq_forget(model)
+    output = np.zeros((1, 4, 14, 14), np.float32)
+    pointers = (ctypes.c_void_p * 3)(*(array.ctypes.data for array in given))
+    assert mpq.mpq_run(model, 0, pointers, ctypes.c_void_p(output.ctypes.data)) == 0
+    return output
+
+expected = run()
+for path in (weights, kernels):
+    size = os.path.getsize(path)
+    with open(path, "rb+") as file:  # in place
+        file.write(os.urandom(size))
+    assert np.array_equal(run(), expected)
+    os.truncate(path, 0)
+    assert np.array_equal(run(), expected)
+assert not mpq.mpq_open(weights.encode(), 1)
+maps = open("/proc/self/maps").read()
+assert "weights.safetensors" not in maps
+"""
+
+
+@pytest.mark.parametrize("emit", ["c", "machine"])
+def test_files_that_change_under_an_open_model(emit, tmp_path):
+    """Nothing of them is read again: the same bits, and no signal."""
+    folder = shutil.copytree(artifact(HOST, emit), tmp_path / "copy")
+    sources = ("mpq.c", standalone.KERNELS) if emit == "c" else ("mpq_vm.c",)
+    command = ["gcc", *standalone.LINKED, "-shared", "-fPIC", standalone.MODEL, *sources, "-ldl", "-lpthread", "-lm"]
+    subprocess.run([*command, "-o", tmp_path / "libmpq.so"], check=True, cwd=folder)
+    done = subprocess.run(
+        [sys.executable, "-c", OPENED, str(tmp_path / "libmpq.so"), str(folder)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_prepared_weights_stand_in_memory_once(tmp_path):
+    """While a model is opened, too: its stored weights leave memory as they are prepared."""
+    folder = artifact()
+    model = (folder / standalone.MODEL).read_text()
+    sources = ["mpq.c", standalone.MODEL, standalone.KERNELS]
+    (tmp_path / "peak.c").write_text(PEAK)
+    command = ["gcc", "-std=gnu11", f"-I{folder}", str(tmp_path / "peak.c"), *(str(folder / each) for each in sources)]
+    subprocess.run([*command, "-lpthread", "-lm", "-o", tmp_path / "peak"], check=True)
+    done = subprocess.run([tmp_path / "peak", folder / bundle.WEIGHTS], capture_output=True, text=True, check=True)
+    before, most, memory = map(int, done.stdout.split())
+    file = (folder / bundle.WEIGHTS).stat().st_size
+    assert "MPQ_FILE" in model and most - before < memory + file // 2, (most - before, memory, file)
+
+
+PEAK = """
+#include "mpq.h"
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static long kib(const char *what) {
+    char line[256];
+    long found = 0;
+    FILE *file = fopen("/proc/self/status", "r");
+    while (fgets(line, sizeof line, file))
+        if (!strncmp(line, what, strlen(what))) found = atol(line + strlen(what));
+    fclose(file);
+    return found;
+}
+
+int main(int count, char **words) {
+    long before = kib("VmRSS:");
+    mpq_model *model = mpq_open(words[count - 1], 1);
+    if (!model) return 1;
+    printf("%ld %ld %zu", before << 10, kib("VmHWM:") << 10, mpq_bytes(model));
+    return 0;
+}
+"""
