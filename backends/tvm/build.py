@@ -17,9 +17,21 @@ from mpq_compiler.backends.tvm.compile import tune as tune_
 from mpq_compiler.backends.tvm.compile.objects import Objects, require_room
 from mpq_compiler.backends.tvm.compile.worker import Crash, Failure, Worker
 from mpq_compiler.backends.tvm.emit.walk import OUTPUT, SelectKernels
-from mpq_compiler.backends.tvm.plan.calls import BATCH, Call, Function, Kernel, Lowered, Made, Part, Value
+from mpq_compiler.backends.tvm.plan.calls import (
+    BATCH,
+    Accepted,
+    Call,
+    Function,
+    Kernel,
+    Lowered,
+    Made,
+    Part,
+    Token,
+    Value,
+)
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.ir import stored_tensors
+from mpq_compiler.ir.findings import ASSUMPTIONS
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.specialization import Specialization
 from mpq_compiler.pipeline.backend import Built, Progress
@@ -77,7 +89,8 @@ def build(
 
     def further(worker: Worker, made: Made) -> None:
         if emit:
-            beside.update(_standalone(lowered, target, tensors, worker, made, emit == "machine", owner))
+            asked = _accepted(program)
+            beside.update(_standalone(lowered, target, tensors, worker, made, asked, emit == "machine", owner))
         if target.is_cuda12:
             worker("cudart", target, str(path := made.library.with_name(CUDART)))
             beside[CUDART] = path.read_bytes()
@@ -268,8 +281,22 @@ def compile_library(
         return output.read_bytes(), len(objects.reused), memory
 
 
+def _accepted(program: Program) -> Accepted:
+    """What the runtime looks for in every call, from the manifest (`driver.manifest`)."""
+    below = tuple((spec.name, spec.below) for spec in program.inputs if spec.below is not None)
+    assumed = program.facts.get(ASSUMPTIONS, ())
+    return Accepted(below, tuple(Token(each["input"], each["token"], tuple(each["values"])) for each in assumed))
+
+
 def _standalone(
-    lowered: Lowered, target: Target, tensors: Mapping[str, Any], worker: Worker, made: Made, machine: bool, owner: str
+    lowered: Lowered,
+    target: Target,
+    tensors: Mapping[str, Any],
+    worker: Worker,
+    made: Made,
+    accepted: Accepted,
+    machine: bool,
+    owner: str,
 ) -> dict[str, bytes]:
     """The files of a program, by name. machine: it runs on TVM's runtime. owner: as for `build`."""
     with tempfile.TemporaryDirectory(prefix="mpq-") as scratch:
@@ -280,7 +307,7 @@ def _standalone(
         folder.mkdir()
         try:
             places = tensorfile.places(tensors)
-            names = worker("standalone", folder, lowered, target, made, weights, places, machine, owner)
+            names = worker("standalone", folder, lowered, target, made, weights, places, accepted, machine, owner)
         except (Crash, Failure) as error:
             raise UserError(f"the program for '{target.name}' cannot be linked: {error}; report the model") from error
         return {name: (folder / name).read_bytes() for name in names}

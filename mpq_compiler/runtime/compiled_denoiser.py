@@ -650,7 +650,10 @@ def _require_finite_inputs(arrays: Mapping[str, np.ndarray]) -> None:
     # A quantizer turns NaN into a code: what goes in must be looked at, for nothing shows in what comes out.
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not _is_finite(array):
-            raise UserError(f"input '{name}' holds NaN or infinity; check what made it")
+            bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+            raise UserError(
+                f"input '{name}' holds NaN or infinity in sample {int(bad.argmax())}; check what made it"
+            )
 
 
 def _require_range(name: str, array: np.ndarray, below: int) -> None:
@@ -658,7 +661,8 @@ def _require_range(name: str, array: np.ndarray, below: int) -> None:
     bad = (array < 0) | (array >= below)
     if bad.any():
         at = int(bad.argmax())
-        raise UserError(f"input '{name}' is {array.flat[at]} in sample {at}; it goes from 0 to {below - 1}")
+        sample = at // (array.size // len(array))
+        raise UserError(f"input '{name}' is {array.flat[at]} in sample {sample}; it goes from 0 to {below - 1}")
 
 
 def _require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:

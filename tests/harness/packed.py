@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -82,8 +83,15 @@ def sqnr_db(y: Tensor, reference: Tensor) -> float:
     return -10 * math.log10(max(noise_power(y, reference), 1e-20))
 
 
-def write(path: Path, program: Program, target: Target, built: Built) -> Path:
-    """An artifact of a built program, with just what the runtime asks for."""
+def write(
+    path: Path,
+    program: Program,
+    target: Target,
+    built: Built,
+    model: Mapping[str, object] = MappingProxyType({}),
+    assumptions: Sequence[object] = (),
+) -> Path:
+    """An artifact of a built program, with just what the runtime asks for; `model` has more of its entry."""
     manifest: dict[str, Any] = {
         "name": path.stem,
         "target": {
@@ -92,13 +100,15 @@ def write(path: Path, program: Program, target: Target, built: Built) -> Path:
             "backend": target.backend,
             "features": list(target.features),
         },
-        "model": {"class": "Test", "config": {}, "parameters": program.facts[PARAMETERS]},
+        "model": {"class": "Test", "config": {}, "parameters": program.facts[PARAMETERS], **model},
         "functions": built.functions,
         "tensors": built.entries,
         "versions": {},
     }
     if built.prepare is not None:
         manifest["prepare"] = built.prepare
+    if assumptions:
+        manifest["assumptions"] = [*assumptions]
     if built.parts:
         manifest["parts"] = built.parts
     bundle.write(path, manifest, built.files, built.tensors)

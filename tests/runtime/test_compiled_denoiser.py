@@ -238,7 +238,7 @@ def test_a_non_finite_output_is_an_error(denoiser, path):
     ):
         denoiser.run(given)
     given["sample"][1, 0, 0] = np.nan
-    with pytest.raises(UserError, match="input 'sample' holds NaN or infinity; check"):
+    with pytest.raises(UserError, match="input 'sample' holds NaN or infinity in sample 1; check"):
         denoiser.run(given)
     assert not np.isfinite(compiled_denoiser.load(path, check_finite=False).run(given)).all()
     large = {**inputs(1), "sample": np.full((1, 3, 16), 3e37, np.float32)}

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from mpq_compiler.backends.tvm.plan.calls import Accepted
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import require_runnable
 
@@ -158,14 +159,23 @@ def _link(lowered: Any, target: Any, objects: list[str], output: str, interface:
 
 
 def _standalone(
-    folder: Path, lowered: Any, target: Any, made: Any, weights: Path, places: Any, machine: bool, owner: str
+    folder: Path,
+    lowered: Any,
+    target: Any,
+    made: Any,
+    weights: Path,
+    places: Any,
+    accepted: Accepted,
+    machine: bool,
+    owner: str,
 ) -> list[str]:
     from mpq_compiler.backends.tvm import standalone
 
     described = standalone.Weights(standalone.describe(weights), places)
     if machine:
-        return standalone.write_machine(folder, lowered, target, made.library, described, made.held_bytes, owner)
-    return standalone.write(folder, lowered, target, made.objects, described, made.workspace_bytes, owner)
+        more = (made.library, described, made.held_bytes, accepted, owner)
+        return standalone.write_machine(folder, lowered, target, *more)
+    return standalone.write(folder, lowered, target, made.objects, described, made.workspace_bytes, accepted, owner)
 
 
 def _tune(kernel: Any, target: Any) -> list[tuple[int, int, float]]:

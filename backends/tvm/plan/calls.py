@@ -173,6 +173,23 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Token:
+    """A token of an input that was compiled in as a constant (pass bos-split)."""
+
+    input: str
+    token: int
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What inputs may hold beyond shapes and types: numbers less than a bound, by name, and constant tokens."""
+
+    below: tuple[tuple[str, int], ...] = ()
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
 class Lowered:
     """``prepare(stored...) -> prepared`` and the functions, all of which take everything that is prepared.
 

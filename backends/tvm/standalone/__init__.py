@@ -20,7 +20,7 @@ import numpy as np
 from mpq_compiler.artifact.bundle import PROGRAM, SERVER
 from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument, sized
-from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Value
+from mpq_compiler.backends.tvm.plan.calls import Accepted, Call, Function, Kernel, Lowered, Value
 from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.tensorfile import ALIGNMENT
 from mpq_compiler.targets.table import Target
@@ -29,7 +29,8 @@ CRYPTOGRAPHY = ("monocypher.c", "monocypher-ed25519.c")
 """Sources by others, which every program is linked with: it checks signatures."""
 SIGNING = (*CRYPTOGRAPHY, "monocypher.h", "monocypher-ed25519.h", "mpq_sign.h")
 OWNER = "mpq_owner.h"
-COMMON = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq_run.c", "CMakeLists.txt", *SIGNING, OWNER)
+HEADERS = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq_json.h", *SIGNING, OWNER)
+COMMON = (*HEADERS, "mpq_run.c", "CMakeLists.txt")
 SOURCES = (*COMMON, "mpq.c", "mpq_pool.h", "mpq_rpc.c")
 MACHINE = (*COMMON, "mpq_vm.c")
 MODEL, KERNELS = "mpq_model.c", "libkernels.a"
@@ -79,6 +80,7 @@ def write(
     objects: Sequence[Path],
     weights: Weights,
     workspace_bytes: int,
+    accepted: Accepted | None = None,
     owner: str = "",
 ) -> list[str]:
     """Writes the C program with its own executor, and compiles it.
@@ -90,6 +92,7 @@ def write(
         objects: the object file of each kernel.
         weights: the weights file.
         workspace_bytes: the workspaces of a thread, at most.
+        accepted: what inputs may hold.
         owner: the public key, in hexadecimal, whose owner has to have signed what the program opens; "": nobody.
 
     Returns:
@@ -99,7 +102,7 @@ def write(
     Raises:
         UserError: there is no compiler for the target.
     """
-    _sources(folder, SOURCES, _Model(lowered, target, weights, workspace_bytes).text(), owner)
+    _sources(folder, SOURCES, _Model(lowered, target, weights, accepted or Accepted(), workspace_bytes).text(), owner)
     compiler = linker(target)
     archiver = compiler.removesuffix("gcc") + "ar" if compiler.endswith("-gcc") else "ar"
     run(folder, archiver, "rcsD", KERNELS, *(str(path.resolve()) for path in objects))
@@ -116,6 +119,7 @@ def write_machine(
     library: Path,
     weights: Weights,
     held_bytes: int,
+    accepted: Accepted | None = None,
     owner: str = "",
 ) -> list[str]:
     """Writes the C program that runs kernels.so on TVM's runtime, and compiles it.
@@ -127,6 +131,7 @@ def write_machine(
         library: kernels.so.
         weights: the weights file.
         held_bytes: the memory that the runtime takes.
+        accepted: what inputs may hold.
         owner: as for `write`.
 
     Returns:
@@ -135,7 +140,8 @@ def write_machine(
     Raises:
         UserError: there is no compiler for the target.
     """
-    _sources(folder, MACHINE, _Machine(lowered, target, weights).text(describe(library), held_bytes), owner)
+    machine = _Machine(lowered, target, weights, accepted or Accepted())
+    _sources(folder, MACHINE, machine.text(describe(library), held_bytes), owner)
     run(folder, linker(target), *LINKED, "mpq_vm.c", "mpq_run.c", MODEL, *CRYPTOGRAPHY, "-ldl", "-o", PROGRAM)
     return sorted([*MACHINE, MODEL, PROGRAM])
 
@@ -205,6 +211,7 @@ class _Tables:
     lowered: Lowered
     target: Target
     weights: Weights
+    accepted: Accepted
     shapes: list[int] = field(default_factory=list, init=False)
     first_of: dict[tuple[int, ...], int] = field(default_factory=dict, init=False)
 
@@ -213,11 +220,16 @@ class _Tables:
         asked = (feature for kernel in self.lowered.kernels() for feature in kernel.features(self.target.arch))
         needed = dict.fromkeys([*self.target.features, *asked])
         features = ", ".join([*(f'"{name}"' for name in needed), "NULL"])
+        tokens = self.accepted.tokens
+        values = [", ".join(np.float32(value).item().hex() + "f" for value in each.values) for each in tokens]
+        rows = [f'{{"{t.input}", {t.token}, {len(t.values)}, token_{i}}}' for i, t in enumerate(tokens)]
         return [
             f"static const char *const features[] = {{{features}}};",
             _table("mpq_function", "functions", functions),
+            *(_table("float", f"token_{i}", [row]) for i, row in enumerate(values)),
+            _table("mpq_token", "tokens", rows or ["{0}"]),
             f'const mpq_build mpq_the_build = {{"{self.target.name}", features, {self.weights.file}, functions, '
-            f"{len(functions)}}};",
+            f"{len(functions)}, tokens, {len(rows)}}};",
         ]
 
     def _shape(self, shape: tuple[int, ...]) -> int:
@@ -230,7 +242,8 @@ class _Tables:
     def _tensor(self, name: str, value: Value, batch: int) -> str:
         shape, dtype = sized(value.shape, batch), np.dtype(value.dtype)
         code = "BOOL" if dtype.kind == "b" else f"{dtype.kind.upper()}{8 * dtype.itemsize}"
-        return f'{{"{name}", "{code}", {len(shape)}, shapes + {self._shape(shape)}, {_bytes(shape, value.dtype)}}}'
+        size, below = _bytes(shape, value.dtype), dict(self.accepted.below).get(name, 0)
+        return f'{{"{name}", "{code}", {len(shape)}, shapes + {self._shape(shape)}, {size}, {below}}}'
 
     def _tensors(self, values: Iterable[Value], batch: int) -> str:
         return ", ".join(self._tensor(value.name, value, batch) for value in values)
@@ -288,9 +301,13 @@ class _Model(_Tables):
     reads: list[str] = field(default_factory=list)
     kept_bytes: int = 0
     signatures: dict[Kernel, tuple[list[Argument], list[Argument]]] = field(default_factory=dict)
+    last: dict[str, Call] = field(default_factory=dict)
+    """The call of the preparation that reads a tensor last, where no function does."""
 
     def text(self) -> str:
         lowered = self.lowered
+        self.last = {name: call for call in lowered.preparation for _, name in call.operands}
+        self.last = {name: call for name, call in self.last.items() if name not in lowered.prepared}
         for kernel in lowered.kernels():
             self.signatures[kernel] = templates.arguments(kernel, self.target)
         held, held_bytes, copies = self._held()
@@ -319,9 +336,11 @@ class _Model(_Tables):
                 steps.append(f"{{{calls}, inputs_{name}, {own.places[function.output.name]}}}")
         kernels = sorted(kernel.name for kernel in self.signatures)
         workspace = _aligned(self.workspace_bytes + 64 * ALIGNMENT)
+        spans = (self.weights.places[name] for name in lowered.prepared if stored.get(name, ("",))[0] == "MPQ_FILE")
+        file_bytes = sum(end - first for first, end in spans)
         plan = [
-            held_bytes, max(peak, ALIGNMENT), max(self.kept_bytes, ALIGNMENT), workspace, "shapes", "operands",
-            len(self.operands), "calls", "stages", len(self.stages), "reads", "copies", len(copies),
+            held_bytes, max(peak, ALIGNMENT), max(self.kept_bytes, ALIGNMENT), workspace, file_bytes, "shapes",
+            "operands", len(self.operands), "calls", "stages", len(self.stages), "reads", "copies", len(copies),
             f"{{{prepare.first[0]}, {prepare.first[1] - prepare.first[0]}, 0, 0, NULL, 0}}", "steps",
         ]  # fmt: skip
         return "\n".join(
@@ -441,7 +460,8 @@ class _Model(_Tables):
             space, at = where[name]
             dtype, shape = np.dtype(argument.dtype), sized(argument.shape, batch)
             code = f"{TYPE_CODES[dtype.kind]}, {8 * dtype.itemsize}"
-            self.operands.append(f"{{{space}, {code}, {len(shape)}, {self._shape(shape)}, {at}}}")
+            last = _bytes(shape, argument.dtype) if space == "MPQ_FILE" and self.last.get(name) is call else 0
+            self.operands.append(f"{{{space}, {code}, {len(shape)}, {self._shape(shape)}, {at}, {last}}}")
         name = f"__tvm_ffi_{call.kernel.name}"
         self.calls.append(f'{{{name}, "{call.kernel.name}", {begin}, {len(self.operands) - begin}}}')
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mpq_compiler.artifact.bundle import PROGRAM
-from mpq_compiler.backends.tvm.standalone import CRYPTOGRAPHY, KERNELS, MODEL, OPTIONS, OWNER, SIGNING, run
+from mpq_compiler.backends.tvm.standalone import CRYPTOGRAPHY, HEADERS, KERNELS, MODEL, OPTIONS, OWNER, run
 from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.table import Target
 
-SHARED = ("mpq.h", "mpq_plan.h", "mpq_common.h", "mpq_files.h", "mpq.c", "mpq_pool.h", *SIGNING, OWNER)
+SHARED = (*HEADERS, "mpq.c", "mpq_pool.h")
 """The sources that every part has as well."""
 DRAWING = ("mpq_draw.c", "stb_image_write.h")
 TABLE = "mpq_parts.c"

@@ -127,6 +127,11 @@ static void *room(uint64_t bytes) {
     return block;
 }
 
+static void close_file(mpq_model *model) {
+    if (model->file) munmap(model->file, model->build->weights.bytes);
+    model->file = NULL;
+}
+
 static mpq_model *opened(int number, const char *weights, int threads) {
     const mpq_build *build = mpq_the_models[number].build;
     const mpq_plan *plan = mpq_the_models[number].plan;
@@ -137,7 +142,7 @@ static mpq_model *opened(int number, const char *weights, int threads) {
     if (!model) return fail("there is no memory");
     model->build = build;
     model->plan = plan;
-    if (!(model->file = map(weights, &build->weights, "weights"))) {
+    if (!(model->file = read_file(weights, &build->weights, "weights"))) {
         free(model);
         return NULL;
     }
@@ -173,17 +178,21 @@ static mpq_model *opened(int number, const char *weights, int threads) {
     for (uint32_t i = 0; i < plan->copy_count; i++)
         memcpy(model->held + plan->copies[i].to, model->file + plan->copies[i].from, plan->copies[i].bytes);
     for (uint32_t i = 0; i < plan->prepare.count; i++) {
+        const mpq_call *each = &plan->calls[plan->prepare.first + i];
         if (run_calls(model, plan->prepare.first + i, 1)) {
             mpq_close(model);
             return NULL;
         }
-        madvise(model->file, model->build->weights.bytes, MADV_DONTNEED); /* else weights are in memory twice */
+        for (const mpq_operand *o = plan->operands + each->first; o < plan->operands + each->first + each->count; o++)
+            drop(model->file + o->offset, o->last); /* else weights are in memory twice */
     }
+    if (!plan->file_bytes) close_file(model);
     return model;
 }
 
+static const mpq_build *build_of(const mpq_model *model) { return model->build; }
+
 static int called(mpq_model *model, int function, const void *const *inputs, void *output) {
-    if (!is_function(model->build, function)) return -1;
     const mpq_function *own = &model->build->functions[function];
     const mpq_steps *steps = &model->plan->steps[function];
     use_threads(model->threads);
@@ -207,14 +216,15 @@ int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel),
 size_t mpq_bytes(const mpq_model *model) {
     const mpq_plan *plan = model->plan;
     uint64_t tables = plan->operand_count * (sizeof(tensor) + sizeof(argument));
-    return plan->held_bytes + plan->call_bytes + plan->kept_bytes + (uint64_t)model->threads * most + tables;
+    uint64_t weights = plan->held_bytes + plan->file_bytes;
+    return weights + plan->call_bytes + plan->kept_bytes + (uint64_t)model->threads * most + tables;
 }
 
 void mpq_close(mpq_model *model) {
     if (!model) return;
     stop_threads();
     free_workspace();
-    munmap(model->file, model->build->weights.bytes);
+    close_file(model);
     free(model->held);
     free(model->call);
     free(model->kept);

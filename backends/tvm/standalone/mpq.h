@@ -15,6 +15,7 @@ typedef struct {
     int ndim;
     const int64_t *shape;
     size_t bytes;
+    int64_t below; /* of whole numbers, such as labels: they go from 0 to below - 1; 0: there is no bound */
 } mpq_tensor;
 
 /* The denoiser at one batch and image size. */
@@ -31,13 +32,15 @@ typedef struct mpq_model mpq_model;
 /* The functions of this program, `*count` of them. */
 const mpq_function *mpq_functions(int *count);
 
-/* Maps the weights file, prepares the weights for the kernels, and starts threads - 1 threads (0: one for each CPU).
+/* Reads the weights file, prepares the weights for the kernels, closes it for good, and starts threads - 1 threads (0: one for each CPU).
  * NULL, with mpq_error(): a CPU without what the kernels need, a file that cannot be read or is not that of this build,
  * or no memory. Threads and their number are those of the process. */
 mpq_model *mpq_open(const char *weights, int threads);
 
 /* One call of mpq_functions()[function]: inputs in its order, each of its bytes; the output of its bytes. Allocates
- * nothing of its own. 0, or -1 with mpq_error(). One call at a time. */
+ * nothing of its own. 0, or -1 with mpq_error(): values that Python refuses too, which are NaN and infinity, there or
+ * in the output, labels out of range, and texts that do not begin as they did when it was compiled. One call at a
+ * time. */
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output);
 
 /* The next call computes everything; others only what their inputs, the latents aside, were not known for: timesteps and
@@ -48,7 +51,7 @@ void mpq_forget(mpq_model *model);
  * behind each call of one, and computes everything. NULL: no longer. 0, or -1 with mpq_error() where the program does not know them. */
 int mpq_watch(mpq_model *model, void (*watcher)(void *data, const char *kernel), void *data);
 
-/* Memory that the model keeps, beside the file that it maps. */
+/* Memory that the model keeps. */
 size_t mpq_bytes(const mpq_model *model);
 
 void mpq_close(mpq_model *model);

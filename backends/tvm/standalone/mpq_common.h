@@ -63,7 +63,8 @@ static void restore_floats(uint64_t before) {
 #endif
 }
 
-/* Of mpq.c and mpq_vm.c: what they do under those floats. */
+/* Of mpq.c and mpq_vm.c: whose functions they are, and what they do under those floats. */
+static const mpq_build *build_of(const mpq_model *model);
 static mpq_model *opened(int number, const char *weights, int threads);
 static int called(mpq_model *model, int function, const void *const *inputs, void *output);
 
@@ -79,9 +80,17 @@ mpq_model *mpq_open(const char *weights, int threads) { return mpq_open_model(0,
 
 const mpq_function *mpq_functions(int *count) { return mpq_functions_of(0, count); }
 
+/* Of both (below): what Python does not take either (mpq_compiler/runtime/compiled_denoiser.py). */
+static bool takes(const mpq_build *build, const mpq_function *own, const void *const *inputs);
+static bool is_sound(const mpq_tensor *output, const void *data);
+
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output) {
+    const mpq_build *build = build_of(model);
+    if (!is_function(build, function)) return -1;
+    const mpq_function *own = &build->functions[function];
     uint64_t before = plain_floats();
-    int code = called(model, function, inputs, output);
+    int code = takes(build, own, inputs) ? called(model, function, inputs, output) : -1;
+    if (!code && !is_sound(&own->output, output)) code = -1;
     restore_floats(before);
     return code;
 }
@@ -154,24 +163,131 @@ static bool fits_cpu(const mpq_build *build) {
     return !used;
 }
 
+/* ------------------------------------------------------------------------------------------- inputs, output */
+
+/* How many values of a tensor are NaN or infinite, and the place of the first: all bits of the exponent are set. */
+static int64_t odd_values(const mpq_tensor *about, const void *data, int64_t *first, int64_t *count) {
+    int64_t found = 0;
+    *count = 1;
+    for (int i = 0; i < about->ndim; i++) *count *= about->shape[i];
+    if (*about->dtype != 'F') return 0;
+#define COUNT(type, mask)                                                                                              \
+    for (int64_t i = *count; i--;) {                                                                                   \
+        type word;                                                                                                     \
+        memcpy(&word, (const char *)data + i * (int64_t)sizeof word, sizeof word); /* it need not be aligned */        \
+        bool odd = (word & (type)(mask)) == (type)(mask);                                                              \
+        *first = odd ? i : *first;                                                                                     \
+        found += odd;                                                                                                  \
+    }                                                                                                                  \
+    break
+    switch (about->bytes / (size_t)*count) {
+    case 2: COUNT(uint16_t, 0x7c00);
+    case 4: COUNT(uint32_t, 0x7f800000);
+    case 8: COUNT(uint64_t, 0x7ff0000000000000);
+    }
+#undef COUNT
+    return found;
+}
+
+static bool in_range(const mpq_tensor *about, const void *data) {
+    int64_t batch = about->ndim ? about->shape[0] : 1, count = 1;
+    for (int i = 0; i < about->ndim; i++) count *= about->shape[i];
+    size_t size = about->bytes / (size_t)count;
+    for (int64_t i = 0; i < count; i++) {
+        uint64_t word = 0; /* of little-endian bytes, whose sign is the highest bit */
+        memcpy(&word, (const char *)data + (size_t)i * size, size);
+        int64_t label = (int64_t)(word << (64 - 8 * size)) >> (64 - 8 * size);
+        if (label < 0 || label >= about->below)
+            return fail("input '%s' is %lld in sample %lld; it goes from 0 to %lld", about->name, (long long)label,
+                        (long long)(i / (count / batch)), (long long)about->below - 1);
+    }
+    return true;
+}
+
+/* Whether every sample has the token within 2 % (ASSUMED_TO): encoders of texts differ by thousandths. */
+static bool begins_with(const mpq_token *token, const mpq_tensor *about, const void *data) {
+    double magnitude = 0;
+    for (int i = 0; i < token->width; i++) magnitude += token->values[i] < 0 ? -token->values[i] : token->values[i];
+    for (int64_t sample = 0; sample < about->shape[0]; sample++) {
+        int64_t begin = (sample * about->shape[1] + token->token) * token->width;
+        double difference = 0;
+        for (int i = 0; i < token->width; i++) {
+            float value;
+            memcpy(&value, (const char *)data + (begin + i) * (int64_t)sizeof value, sizeof value);
+            difference += value < token->values[i] ? token->values[i] - value : value - token->values[i];
+        }
+        if (difference > 0.02 * magnitude)
+            return fail("token %d of '%s' in sample %lld is not the one with which every prompt began when this "
+                        "artifact was compiled; its keys and values are constants since: encode texts as they were "
+                        "for calibration, or compile without the pass 'bos-split'",
+                        token->token, token->input, (long long)sample);
+    }
+    return true;
+}
+
+static bool takes(const mpq_build *build, const mpq_function *own, const void *const *inputs) {
+    int64_t first = 0, count;
+    for (int i = 0; i < own->inputs; i++) {
+        const mpq_tensor *about = &own->input[i];
+        if (odd_values(about, inputs[i], &first, &count))
+            return fail("input '%s' holds NaN or infinity in sample %lld; check what made it", about->name,
+                        (long long)(first / (count / about->shape[0])));
+        if (about->below && !in_range(about, inputs[i])) return false;
+        for (int k = 0; k < build->token_count; k++) {
+            const mpq_token *token = &build->tokens[k];
+            if (!strcmp(token->input, about->name) && !begins_with(token, about, inputs[i])) return false;
+        }
+    }
+    return true;
+}
+
+static bool is_sound(const mpq_tensor *output, const void *data) {
+    int64_t first = 0, count, found = odd_values(output, data, &first, &count);
+    if (!found) return true;
+    return fail("output '%s' holds NaN or infinity in %lld of %lld values, first in sample %lld; inputs far outside the "
+                "calibrated range do that, and so may too few bits",
+                output->name, (long long)found, (long long)count, (long long)(first / (count / output->shape[0])));
+}
+
 /* ---------------------------------------------------------------------------------------------- the files */
 
-/* Of 64-bit words, each times an odd number of its own: no change of one word goes unseen. */
-static uint64_t sum_of(const char *data, uint64_t bytes) {
-    uint64_t sum = bytes, word;
+/* Of 64-bit words, each times an odd number of its own: no change of one word goes unseen. `at`: where the bytes begin
+ * in their file, a multiple of 8. */
+static uint64_t sum_of(const char *data, uint64_t at, uint64_t bytes) {
+    uint64_t sum = 0, word;
     for (uint64_t i = 0; i * 8 < bytes; i++) {
         uint64_t left = bytes - i * 8;
         word = 0;
         memcpy(&word, data + i * 8, left < 8 ? left : 8);
-        sum += word * (2 * i + 1);
+        sum += word * (2 * (at / 8 + i) + 1);
     }
     return sum;
 }
 
 #include "mpq_sign.h"
 
-/* The bytes of a file, if it is that of this build. what: "weights", for sentences. */
-static char *map(const char *path, const mpq_file *file, const char *what) {
+/* Reads an open file to its end, which must come where it is expected; returns whether it did, and the sum. */
+static bool read_in(int handle, char *data, uint64_t bytes, uint64_t *sum) {
+    enum { PIECE = 1 << 20 }; /* which is summed while it is at hand */
+    *sum = bytes;
+    for (uint64_t at = 0, end; at < bytes; at = end) {
+        end = bytes - at < PIECE ? bytes : at + PIECE;
+        for (uint64_t to = at; to < end;) {
+            ssize_t done = read(handle, data + to, end - to);
+            if (done < 0 && errno == EINTR) continue;
+            if (!done) errno = EIO; /* it became shorter meanwhile */
+            if (done <= 0) return false;
+            to += (uint64_t)done;
+        }
+        *sum += sum_of(data + at, at, end - at);
+    }
+    return true;
+}
+
+/* The bytes of a file in memory of this process, if they are those of this build: what is compared is what is used, and
+ * what becomes of the file later changes nothing (a mapping would see it, and end the process where a page is gone).
+ * what: "weights", for sentences. */
+static char *read_file(const char *path, const mpq_file *file, const char *what) {
     struct stat about;
     int handle = open(path, O_RDONLY | O_CLOEXEC);
     if (handle < 0 || fstat(handle, &about)) {
@@ -180,25 +296,32 @@ static char *map(const char *path, const mpq_file *file, const char *what) {
         return NULL;
     }
     char *data = MAP_FAILED;
-    if ((uint64_t)about.st_size == file->bytes)
-        data = mmap(NULL, file->bytes, PROT_READ, MAP_PRIVATE, handle, 0);
-    else
+    uint64_t sum = 0;
+    if ((uint64_t)about.st_size != file->bytes)
         fail("%s has %lld bytes, and the %s of this build %llu: take the file that was compiled with it", path,
              (long long)about.st_size, what, (unsigned long long)file->bytes);
-    if (data == MAP_FAILED && (uint64_t)about.st_size == file->bytes)
-        fail("cannot map the %s %s: %s", what, path, strerror(errno));
+    else if ((data = mmap(NULL, file->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) == MAP_FAILED)
+        fail("there is no memory for the %s, %llu bytes", what, (unsigned long long)file->bytes);
+    else if (!read_in(handle, data, file->bytes, &sum))
+        fail("cannot read the %s %s: %s", what, path, strerror(errno));
+    else if (is_signed(path, data, file->bytes)) { /* else it has said what is wrong */
+        if (sum == file->sum) {
+            close(handle);
+            return data;
+        }
+        fail("%s holds other %s than those of this build: take the file that was compiled with it", path, what);
+    }
+    if (data != MAP_FAILED) munmap(data, file->bytes);
     close(handle);
-    if (data == MAP_FAILED) return NULL;
-    if (!is_signed(path, data, file->bytes)) {
-        munmap(data, file->bytes);
-        return NULL;
-    }
-    if (sum_of(data, file->bytes) != file->sum) {
-        munmap(data, file->bytes);
-        return fail("%s holds other %s than those of this build: take the file that was compiled with it", path, what);
-    }
-    madvise(data, file->bytes, MADV_DONTNEED); /* what is read again comes from the system's cache */
-    return data;
+    return NULL;
+}
+
+/* Gives memory of whole pages back: what was read in for once. */
+static void drop(char *data, uint64_t bytes) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), begin = (uintptr_t)data, end = begin + bytes;
+    begin = (begin + page - 1) / page * page;
+    end = end / page * page;
+    if (begin < end) madvise((void *)begin, end - begin, MADV_DONTNEED);
 }
 
 /* As DLPack lays out a tensor (dlpack.h), and TVM an argument. */

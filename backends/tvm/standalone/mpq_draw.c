@@ -6,7 +6,7 @@
  * computed between them, by the numbers of the scheduler (mpq_compiler/runtime/recording.py). A part is opened for its
  * first call and closed behind its last one, so that memory holds one of them at a time. Every instruction is checked
  * before the first one is run. */
-#define _POSIX_C_SOURCE 200809L
+#define _XOPEN_SOURCE 700
 #include "mpq_files.h"
 
 #include <math.h>
@@ -202,10 +202,8 @@ static int call(const instruction *each, int64_t number, const int64_t *inputs, 
     }
     const void *data[MOST_INPUTS];
     for (int i = 0; i < given; i++) data[i] = memory[inputs[i]];
-    const float *made = (const float *)memory[each->to.buffer];
-    if (mpq_run(parts[part].model, (int)each->b.buffer, data, memory[each->to.buffer])) return refuse(mpq_error(), "");
-    for (int64_t i = 0; i < buffers[each->to.buffer].elements; i++)
-        if (!isfinite(made[i])) return refuse("what this part gives is not finite:", mpq_name(part));
+    if (mpq_run(parts[part].model, (int)each->b.buffer, data, memory[each->to.buffer]))
+        return complain("%s: %s", mpq_name(part), mpq_error());
     parts[part].calls++;
     if (parts[part].last == number) {
         mpq_close(parts[part].model);
@@ -218,19 +216,11 @@ static int call(const instruction *each, int64_t number, const int64_t *inputs, 
 
 static void written(void *file, void *data, int size) { fwrite(data, 1, (size_t)size, file); }
 
-/* The picture, whole or not at all. */
-static int save(const instruction *each, const char *path) {
-    char beside[4096];
-    if (snprintf(beside, sizeof beside, "%s.new", path) >= (int)sizeof beside) return refuse("the name is too long:", path);
-    FILE *file = fopen(beside, "wb");
+static int save(FILE *file, const void *data) {
+    const instruction *each = data;
     int height = (int)each->shape[0], width = (int)each->shape[1], channels = (int)each->shape[2];
-    int bad = !file || !stbi_write_png_to_func(written, file, width, height, channels, memory[each->a.buffer], width * channels);
-    bad |= file && ferror(file);
-    if ((file && fclose(file)) || bad || rename(beside, path)) {
-        remove(beside);
-        return refuse("cannot write", path);
-    }
-    return 0;
+    return !stbi_write_png_to_func(written, file, width, height, channels, memory[each->a.buffer], width * channels) ||
+           ferror(file);
 }
 
 static int run(const char *constants, const char *folder, const char *output, int threads) {
@@ -250,7 +240,7 @@ static int run(const char *constants, const char *folder, const char *output, in
             const description *d = &buffers[each->to.buffer];
             if (!(memory[each->to.buffer] = malloc((size_t)d->elements * size_of[d->type]))) return refuse("there is no memory", "");
         }
-        if (each->operation == PICTURE && save(each, output)) return 1;
+        if (each->operation == PICTURE && write_whole(output, save, each)) return 1;
         if (each->operation == CALL && call(each, i, inputs, given, folder, threads)) return 1;
         if (each->operation < INPUT) compute(each);
         int64_t had[] = {each->to.buffer, each->a.buffer, each->b.buffer};
@@ -265,10 +255,19 @@ static int run(const char *constants, const char *folder, const char *output, in
     return 0;
 }
 
+/* A tensor of this name and type, of rows where these have bytes; NULL: there is none. */
+static const void *table_of(const tensor_file *file, const char *name, const char *dtype, size_t row, uint64_t *bytes) {
+    const entry *found = find(file, name);
+    if (!found || strcmp(found->dtype, dtype) || found->ndim != (row ? 2 : 1)) return NULL;
+    if (row && found->shape[1] * sizeof(int64_t) != row) return NULL;
+    *bytes = found->end - found->begin;
+    return read_tensor(file, found);
+}
+
 int main(int count, char **words) {
     const char *tokens = NULL, *output = NULL, *folder = NULL;
     static char own[4096];
-    int threads = 1;
+    int threads = 1, bad = 0;
     for (int i = 1; i < count; i++) {
         const char *option = words[i], *value = i + 1 < count ? words[i + 1] : NULL;
         if (!strcmp(option, "--help")) {
@@ -278,44 +277,43 @@ int main(int count, char **words) {
             return 0;
         }
         if (!value) return refuse("this option needs a value, or is not known:", option);
+        if (!strcmp(option, "--output")) option = words[i] = "-o";
+        if (is_repeated(words, i)) return complain("%s is given twice; give it once", option);
         if (!strcmp(option, "--tokens")) tokens = value;
-        else if (!strcmp(option, "-o") || !strcmp(option, "--output")) output = value;
+        else if (!strcmp(option, "-o")) output = value;
         else if (!strcmp(option, "--folder")) folder = value;
-        else if (!strcmp(option, "--threads")) threads = atoi(value);
+        else if (!strcmp(option, "--threads")) bad |= count_of(option, value, MOST_THREADS, &threads);
         else if (!strcmp(option, "--key")) {
             if (mpq_trust(value)) return refuse(mpq_error(), "");
         } else return refuse("this option is not known:", option);
         i++;
     }
     if (!tokens || !output) return refuse("give the file of tokens and the picture: --tokens FILE -o PICTURE.png", "");
-    if (threads < 1) return refuse("--threads must be at least 1", "");
+    if (bad) return 1;
+    if (is_same_file(output, tokens)) return complain("-o %s is a file that is read; name another", output);
     if (!folder) {
         const char *end = strrchr(words[0], '/');
         snprintf(own, sizeof own, "%.*s", end ? (int)(end - words[0]) : 1, end ? words[0] : ".");
         folder = own;
     }
-    size_t bytes = 0, described = 0, listed = 0, constant_bytes = 0, digests = 0;
-    char *data = whole(tokens, &bytes);
-    if (!data) return refuse("cannot read", tokens);
-    const char *buffer_data = find(data, bytes, "buffers", "I64", &described);
-    const char *program_data = find(data, bytes, "instructions", "I64", &listed);
-    const char *constants = find(data, bytes, "constants", "U8", &constant_bytes);
-    const char *parts_data = find(data, bytes, "parts", "U8", &digests);
-    if (!buffer_data || !program_data || !constants || !parts_data || described % sizeof *buffers || listed % sizeof *program)
-        return refuse(damaged, tokens);
-    if (digests != 32u * (size_t)mpq_models() || memcmp(parts_data, mpq_the_parts, digests))
+    tensor_file file;
+    if (open_tensors(tokens, &file)) return 1;
+    uint64_t described, listed, constant_bytes, digests;
+    buffers = table_of(&file, "buffers", "I64", sizeof *buffers, &described);
+    program = table_of(&file, "instructions", "I64", sizeof *program, &listed);
+    const char *constants = table_of(&file, "constants", "U8", 0, &constant_bytes);
+    const uint8_t *made_for = table_of(&file, "parts", "U8", 0, &digests);
+    size_t known = 4;
+    for (size_t i = 0; i < file.count; i++) known += is_padding(&file.entries[i]);
+    if (!buffers || !program || !constants || !made_for || file.count != known) return refuse(damaged, tokens);
+    close_tensors(&file);
+    if (digests != 32u * (size_t)mpq_models() || memcmp(made_for, mpq_the_parts, digests))
         return refuse("made for another pipeline than this one, tokenize with it again:", tokens);
     buffer_count = (int64_t)(described / sizeof *buffers);
     instruction_count = (int64_t)(listed / sizeof *program);
-    /* Aligned, as they need not be in the file. */
-    void *copies[] = {malloc(described + 1), malloc(listed + 1), malloc(constant_bytes + 1)};
     memory = calloc((size_t)buffer_count + 1, sizeof *memory);
     last = calloc((size_t)buffer_count + 1, sizeof *last);
-    if (!copies[0] || !copies[1] || !copies[2] || !memory || !last) return refuse("there is no memory", "");
-    buffers = memcpy(copies[0], buffer_data, described);
-    program = memcpy(copies[1], program_data, listed);
-    constants = memcpy(copies[2], constants, constant_bytes);
-    free(data);
+    if (!memory || !last) return refuse("there is no memory", "");
     if (mpq_models() > MOST_PARTS || !is_program(constant_bytes)) return refuse(damaged, tokens);
     if (run(constants, folder, output, threads)) return 1;
     if (isatty(2)) fputs("\r\033[K", stderr);

@@ -9,26 +9,35 @@ typedef struct {
     uint64_t bytes, sum; /* sum_of (mpq_common.h) */
 } mpq_file;
 
+/* A token of an input [batch, tokens, width] that was compiled in as a constant (pass bos-split). */
+typedef struct {
+    const char *input;
+    int token, width;
+    const float *values;
+} mpq_token;
+
 typedef struct {
     const char *target;
     const char *const *features; /* as /proc/cpuinfo spells them, NULL behind the last */
     mpq_file weights;
     const mpq_function *functions;
     int function_count;
+    const mpq_token *tokens;
+    int token_count;
 } mpq_build;
 
 extern const mpq_build mpq_the_build;
 
 /* ------------------------------------------------------------------------------- mpq.c: calls of kernels */
 
-/* Where a tensor lies: in the mapped file, in the memory of the prepared weights, in that of a call, or in that of what
+/* Where a tensor lies: in the file as it was read, in the memory of the prepared weights, in that of a call, or in that of what
  * is kept between calls. */
 enum { MPQ_FILE, MPQ_HELD, MPQ_CALL, MPQ_KEPT };
 
 typedef struct {
     uint8_t space, type_code, type_bits, ndim;
     uint32_t shape; /* the first of its extents in mpq_plan.shapes */
-    uint64_t offset;
+    uint64_t offset, last; /* of the file: the bytes that no later call reads */
 } mpq_operand;
 
 /* The calling convention of TVM's packed functions; an argument is 16 bytes. */
@@ -65,6 +74,7 @@ typedef struct {
 
 typedef struct {
     uint64_t held_bytes, call_bytes, kept_bytes, workspace_bytes;
+    uint64_t file_bytes; /* that functions read where the file has them */
     const int64_t *shapes;
     const mpq_operand *operands;
     uint32_t operand_count;

@@ -167,16 +167,33 @@ struct mpq_model {
     entry *entries;
 };
 
-static bool fits_kernels(void) {
-    char *kernels = map(beside("kernels.so"), &machine->kernels, "kernels");
-    if (kernels) munmap(kernels, machine->kernels.bytes);
-    return kernels;
+/* A file without a name that holds the kernels, once they are known to be those of this build; -1: they are not. */
+static int copy_kernels(void) {
+    char *kernels = read_file(beside("kernels.so"), &machine->kernels, "kernels");
+    if (!kernels) return -1;
+    int copy = memfd_create("kernels.so", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    bool whole = copy >= 0;
+    for (uint64_t at = 0; whole && at < machine->kernels.bytes;) {
+        ssize_t done = write(copy, kernels + at, machine->kernels.bytes - at);
+        whole = done > 0 || (done < 0 && errno == EINTR);
+        at += done > 0 ? (uint64_t)done : 0;
+    }
+    whole = whole && !fcntl(copy, F_ADD_SEALS, F_SEAL_WRITE | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+    munmap(kernels, machine->kernels.bytes);
+    if (whole) return copy;
+    fail("cannot copy the kernels %s: %s", beside("kernels.so"), strerror(errno));
+    if (copy >= 0) close(copy);
+    return -1;
 }
 
-static bool load_kernels(mpq_model *model) {
+/* From the copy, for the file may be another one by now. */
+static bool load_kernels(mpq_model *model, int copy) {
     value library = {.type = NONE}, start = library, ignored;
     value cpu[] = {{.type = INTEGER, .number = 1}, {.type = INTEGER}, {.type = INTEGER, .number = 2}};
-    if (!global("ffi.ModuleLoadFromFile", &(value){.type = TEXT, .text = beside("kernels.so")}, 1, &library)) return false;
+    char path[64];
+    snprintf(path, sizeof path, "/proc/self/fd/%d", copy);
+    value file[] = {{.type = TEXT, .text = path}, {.type = TEXT, .text = "so"}};
+    if (!global("ffi.Module.load_from_file.so", file, 2, &library)) return false;
     bool done = member(library, "vm_load_executable", &start) && call(start, NULL, 0, &model->machine);
     done = done && member(library, "mpq_use_threads", &model->use_threads);
     release(&start);
@@ -193,6 +210,14 @@ static bool use_threads(mpq_model *model) {
     return !code.number || fail("cannot start %d threads: %s", model->threads, strerror((int)code.number));
 }
 
+/* Whether what `prepare` made hands a stored tensor on as it is. */
+static bool is_handed_on(const mpq_model *model, const char *data) {
+    const struct { value *elements; int64_t count; } *all = (const void *)((object *)model->prepared.pointer + 1);
+    for (int64_t i = 0; i < all->count; i++)
+        if (laid_out(all->elements[i])->data == data) return true;
+    return false;
+}
+
 static bool prepare(mpq_model *model) {
     value function = {.type = NONE}, *stored = calloc((size_t)machine->stored + 1, sizeof *stored);
     bool done = (stored || fail("there is no memory")) && member(model->machine, "prepare", &function);
@@ -203,6 +228,10 @@ static bool prepare(mpq_model *model) {
         if (done && !aligned) memcpy(laid_out(stored[i])->data, data, machine->tensor[i].bytes);
     }
     done = done && call(function, stored, machine->stored, &model->prepared);
+    for (int i = 0; done && i < machine->stored; i++) {
+        char *data = model->file + machine->offset[i];
+        if (!is_handed_on(model, data)) drop(data, machine->tensor[i].bytes);
+    }
     for (int i = 0; stored && i < machine->stored; i++) release(&stored[i]);
     free(stored);
     release(&function);
@@ -231,8 +260,10 @@ static mpq_model *opened(int number, const char *weights, int threads) {
     model->parts = calloc((size_t)machine->parts + 1, sizeof *model->parts);
     model->entries = calloc((size_t)build->function_count, sizeof *model->entries);
     bool done = (model->parts && model->entries) || fail("there is no memory");
-    done = done && (model->file = map(weights, &build->weights, "weights")) && fits_kernels() &&
-           load_runtime() && load_kernels(model) && use_threads(model) && prepare(model);
+    int copy = -1;
+    done = done && (model->file = read_file(weights, &build->weights, "weights")) && (copy = copy_kernels()) >= 0 &&
+           load_runtime() && load_kernels(model, copy) && use_threads(model) && prepare(model);
+    if (copy >= 0) close(copy);
     for (int i = 0; done && i < machine->parts; i++) {
         const mpq_part *own = &machine->part[i];
         done = ready(model, own->name, own->input, own->inputs, &model->parts[i].call, &model->parts[i].inputs);
@@ -275,8 +306,9 @@ static bool run_part(part *own, const mpq_part *about, entry *all, const mpq_ent
     return true;
 }
 
+static const mpq_build *build_of(const mpq_model *model) { return (void)model, build; }
+
 static int called(mpq_model *model, int function, const void *const *inputs, void *output) {
-    if (!is_function(build, function)) return -1;
     const mpq_function *about = &build->functions[function];
     const mpq_entry *known = &machine->entries[function];
     entry *own = &model->entries[function];

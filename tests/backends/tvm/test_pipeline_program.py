@@ -83,21 +83,23 @@ def test_what_it_refuses(tmp_path: Path) -> None:
     def refused(*arguments: object) -> str:
         command = [folder / bundle.PROGRAM, *map(str, arguments)]
         done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 1 and not picture.exists() and not [*tmp_path.glob("*.new")]
+        assert done.returncode == 1 and not picture.exists() and not [*tmp_path.glob(".x.png*")]
         return done.stderr
 
     good = ("--tokens", tmp_path / "ids", "-o", picture)
     assert "made for another pipeline than this one" in refused("--tokens", tmp_path / "others", "-o", picture)
     assert "cannot read" in refused("--tokens", tmp_path / "none", "-o", picture)
     assert "give the file of tokens and the picture" in refused("--tokens", tmp_path / "ids")
-    assert "--threads must be at least 1" in refused(*good, "--threads", "0")
+    assert "--threads is '0'; it must be a whole number from 1 to 1024" in refused(*good, "--threads", "0")
+    assert "-o is given twice; give it once" in refused(*good, "--output", tmp_path / "y.png")
+    assert "is a file that is read; name another" in refused("--tokens", tmp_path / "ids", "-o", tmp_path / "ids")
     assert "is not known: --colour" in refused(*good, "--colour", "red")
     assert "cannot read the weights" in refused(*good, "--folder", tmp_path)
     assert "cannot write" in refused("--tokens", tmp_path / "ids", "-o", tmp_path / "none" / "x.png")
     whole = (tmp_path / "ids").read_bytes()
     for size in (0, 7, 100, len(whole) - 1):
         (tmp_path / "cut").write_bytes(whole[:size])
-        assert "is damaged" in refused("--tokens", tmp_path / "cut", "-o", picture)
+        assert "is not a sound safetensors file" in refused("--tokens", tmp_path / "cut", "-o", picture)
 
 
 @settings(max_examples=150)
