@@ -42,6 +42,8 @@ from mpq_compiler.targets import numerics
 from mpq_compiler.targets.table import Target
 
 PREPARE = "prepare"
+Entry = dict[str, Any]
+"""An entry of the manifest."""
 
 
 def build(
@@ -180,21 +182,21 @@ def interface_of(lowered: Lowered) -> str:
     return interface.digest(_functions(lowered), _parts(lowered), _prepared(lowered), tensors)
 
 
-def _functions(lowered: Lowered) -> list[dict[str, Any]]:
+def _functions(lowered: Lowered) -> list[Entry]:
     return [_describe(function, batch) for function in lowered.functions for batch in function.batches]
 
 
-def _parts(lowered: Lowered) -> list[dict[str, Any]]:
+def _parts(lowered: Lowered) -> list[Entry]:
     return [_describe_part(part) for part in lowered.parts().values()]
 
 
-def _prepared(lowered: Lowered) -> dict[str, Any]:
+def _prepared(lowered: Lowered) -> Entry:
     return {"name": PREPARE, "tensors": [value.name for value in lowered.stored]}
 
 
-def _describe(function: Function, batch: int) -> dict[str, Any]:
+def _describe(function: Function, batch: int) -> Entry:
     """The manifest's entry of a specialization."""
-    found: dict[str, Any] = {
+    found: Entry = {
         "name": function.name(batch),
         "batch": batch,
         "inputs": [_described(value.name, value, batch) for value in function.inputs],
@@ -223,7 +225,7 @@ def _features(lowered: Lowered, target: Target) -> tuple[str, ...]:
     return tuple(sorted({feature for kernel in lowered.kernels() for feature in kernel.features(target.arch)}))
 
 
-def _describe_part(part: Part) -> dict[str, Any]:
+def _describe_part(part: Part) -> Entry:
     """The manifest's entry of a part, which computes one sample."""
     return {
         "name": part.name,

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
+import struct
 import tempfile
 import weakref
 import zipfile
@@ -18,12 +20,12 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
 from mpq_compiler import schemas
-from mpq_compiler.artifact import signature
+from mpq_compiler.artifact import documents, signature
 from mpq_compiler.artifact.manifest import File, Manifest
 from mpq_compiler.artifact.signature import Signed, Trust
 from mpq_compiler.support import tensorfile
@@ -47,9 +49,15 @@ SCHEDULE = "schedule.json"
 PROGRAM, SERVER = "mpq_run", "mpq_rpc"
 """The executable files of an artifact: `--emit c` writes both, `--standalone` the first."""
 
-_MAX_MANIFEST = 64 << 20  # bytes
+_MOST_FILES = 1000
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time a zip can state
+
+_UNREADABLE = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, NotImplementedError, RuntimeError, ValueError, OverflowError),
+)
+"""What Python's reader of zips raises for those that are damaged."""
 
 FileSource = bytes | Path | Callable[[Path], object]
 """Source of a file's content: bytes, a file to copy, or a function that writes to the path it is called with."""
@@ -75,14 +83,14 @@ def _looks_like_artifact(path: Path) -> bool:
         if path.is_dir():
             if not any(path.iterdir()):
                 return True
-            text = (path / (PIPELINE if (path / PIPELINE).is_file() else MANIFEST)).read_bytes()
+            with (path / (PIPELINE if (path / PIPELINE).is_file() else MANIFEST)).open("rb") as stream:
+                text = documents.read(stream)
         else:
-            with zipfile.ZipFile(path) as archive:
-                text = archive.read(MANIFEST)
-        manifest = json.loads(text)
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            with zipfile.ZipFile(path) as archive, archive.open(MANIFEST) as entry:
+                text = documents.read(cast(BinaryIO, entry))
+        return documents.parse(text).get("format") in (FORMAT, PIPELINE_FORMAT)
+    except (OSError, KeyError, documents.Unsound, *_UNREADABLE):
         return False
-    return isinstance(manifest, dict) and manifest.get("format") in (FORMAT, PIPELINE_FORMAT)
 
 
 def write(
@@ -315,17 +323,15 @@ def _read_manifest(folder: Path, path: Path, signed: Signed | None) -> dict[str,
         raise UserError(f"{path} is a pipeline of several artifacts: name one of its parts, such as {path}/unet")
     if not file.is_file():
         raise UserError(f"{path} is not an artifact: it has no {MANIFEST}")
-    with file.open("rb") as stream:
-        text = stream.read(_MAX_MANIFEST + 1)
-    if len(text) > _MAX_MANIFEST:
-        raise _altered(path, f"its {MANIFEST} is larger than any manifest is")
-    if signed is not None:
-        signed.require(MANIFEST, text)
     try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise _altered(path, f"its {MANIFEST} is not JSON (truncated or altered)") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        with file.open("rb") as stream:
+            text = documents.read(stream)
+        if signed is not None:
+            signed.require(MANIFEST, text)
+        manifest = documents.parse(text)
+    except documents.Unsound as wrong:
+        raise _altered(path, f"its {MANIFEST} {wrong}") from wrong
+    if manifest.get("format") != FORMAT:
         raise UserError(f"{path} is not an artifact: its {MANIFEST} does not say format '{FORMAT}'")
     version = manifest.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -339,14 +345,28 @@ def _read_manifest(folder: Path, path: Path, signed: Signed | None) -> dict[str,
             "in another way: compile it again"
         )
     try:
-        sound = text == canonical(manifest) and manifest.get("artifact_sha256") == digest(manifest)
-    except ValueError:  # NaN, which no manifest holds
-        sound = False
-    if not sound:
-        raise _altered(path, f"its {MANIFEST} was altered after it was written")
-    if problem := schemas.check(manifest, "manifest"):
-        raise _altered(path, f"its {MANIFEST} does not obey the schema ({problem})")
+        require_whole(manifest, text, "manifest", "artifact_sha256")
+    except documents.Unsound as wrong:
+        raise _altered(path, f"its {MANIFEST} {wrong}") from wrong
     return manifest
+
+
+def require_whole(document: Mapping[str, object], text: bytes, schema: str, own: str) -> None:
+    """Unsound: a document departs from its schema, or is not the one that was written.
+
+    Args:
+        document: of the text.
+        text: as it lies on the disk.
+        schema: of the package.
+        own: the entry with the hash of all others.
+    """
+    documents.require(document, schema)
+    try:
+        whole = text == canonical(document) and document[own] == digest(document, own)
+    except ValueError:  # NaN, which none holds
+        whole = False
+    if not whole:
+        raise documents.Unsound("was altered after it was written")
 
 
 def _verified(artifact: Artifact, signed: Signed | None) -> Artifact:
@@ -372,6 +392,14 @@ def _verified(artifact: Artifact, signed: Signed | None) -> Artifact:
     return artifact
 
 
+def _require_room(path: Path, folder: Path, size: int) -> None:
+    if size > (free := shutil.disk_usage(folder).free):
+        raise UserError(
+            f"{path} unpacks to {size} bytes, and {folder.parent} has room for {free}: free some space there, or name "
+            "another folder in TMPDIR"
+        )
+
+
 def _unzip(path: Path, folder: Path, key: Trust | None) -> Signed | None:
     """Unpacks the files of a zip, or of the one folder in it, and no more bytes than the manifest states.
 
@@ -385,9 +413,9 @@ def _unzip(path: Path, folder: Path, key: Trust | None) -> Signed | None:
             names = [os.path.basename(info.filename) for info in entries]
             if MANIFEST not in names:
                 raise UserError(f"{path} is not an artifact: it has no {MANIFEST}")
-            if len(roots) != 1 or "/" in next(iter(roots)) or len({*names}) != len(names):
+            if len(entries) > _MOST_FILES or len(roots) != 1 or "/" in next(iter(roots)) or len({*names}) != len(names):
                 raise _altered(path, "it holds more than the files of one artifact")
-            limits = {signature.FILE: signature.MAX_BYTES, MANIFEST: _MAX_MANIFEST}
+            limits = {signature.FILE: signature.MAX_BYTES, MANIFEST: documents.MOST_BYTES}
             turn = {name: number for number, name in enumerate(limits)}
             for info, name in sorted(zip(entries, names, strict=True), key=lambda pair: turn.get(pair[1], len(turn))):
                 if not _NAME.fullmatch(name):
@@ -402,6 +430,7 @@ def _unzip(path: Path, folder: Path, key: Trust | None) -> Signed | None:
                         signed = key if isinstance(key, Signed) else signature.read(folder, path, key)
                     manifest = _read_manifest(folder, path, signed)
                     limits.update({file: entry["bytes"] for file, entry in manifest["files"].items()})
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+                    _require_room(path, folder, sum(limits.values()))
+    except _UNREADABLE as error:
         raise _altered(path, f"the zip cannot be read ({error})") from error
     return signed

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
 from mpq_compiler import schemas
-from mpq_compiler.artifact import bundle, signature
+from mpq_compiler.artifact import bundle, documents, signature
 from mpq_compiler.artifact.manifest import File, Manifest
 from mpq_compiler.artifact.signature import Key, Signed
 from mpq_compiler.sampling.call_tree import Tree
@@ -244,19 +244,20 @@ def read(path: str | os.PathLike[str], key: Key | None = None) -> Pipeline:
     try:
         if signed is not None:
             signed.require_names(present(path))
-        text = (path / FILE).read_bytes()
+        with (path / FILE).open("rb") as stream:
+            text = documents.read(stream)
         if signed is not None:
             signed.require(FILE, text)
-        document = json.loads(text)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged: its {FILE} cannot be read; copy or compile it again") from error
-    version = document.get("format_version") if isinstance(document, dict) else None
-    if not isinstance(version, int) or version != FORMAT_VERSION:
-        raise UserError(f"{path} is of format version {version}, and this one reads {FORMAT_VERSION}: compile it again")
-    altered = text != bundle.canonical(document) or document.get(OWN) != bundle.digest(document, OWN)
-    if altered or (problem := schemas.check(document, "pipeline")):
-        why = "was altered after it was written" if altered else f"does not obey the schema ({problem})"
-        raise UserError(f"{path} is damaged: its {FILE} {why}; copy or compile it again")
+        document = documents.parse(text)
+        if (version := document.get("format_version")) != FORMAT_VERSION:
+            raise UserError(
+                f"{path} is of format version {version}, and this one reads {FORMAT_VERSION}: compile it again"
+            )
+        bundle.require_whole(document, text, "pipeline", OWN)
+    except OSError as error:
+        raise UserError(f"{path} is damaged: its {FILE} cannot be read ({error}); copy or compile it again") from error
+    except documents.Unsound as wrong:
+        raise UserError(f"{path} is damaged: its {FILE} {wrong}; copy or compile it again") from wrong
     for name, entry in document["files"].items():
         file = path / name
         if Path(name).name != name or not file.is_file() or sha256(file) != entry["sha256"]:
@@ -266,4 +267,4 @@ def read(path: str | os.PathLike[str], key: Key | None = None) -> Pipeline:
     for name in document["parts"]:
         if Path(name).name != name or not (path / name / bundle.MANIFEST).is_file():
             raise UserError(f"{path} is damaged: its part {name} is missing; copy or compile it again")
-    return Pipeline(path, document, signed)
+    return Pipeline(path, cast(Document, document), signed)
