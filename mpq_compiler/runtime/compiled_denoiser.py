@@ -46,6 +46,9 @@ from mpq_compiler.targets import table as targets
 ASSUMED_TO = 0.02
 """Largest allowed mean deviation of a token that was compiled in as a constant, relative to its mean magnitude."""
 
+LARGEST = 1e18
+"""The greatest magnitude of an input: squares of more, which norms take, overflow float32."""
+
 EXECUTORS = "mpq_compiler.executors"
 """The group of entry points that load an artifact of a backend: ``(artifact, threads) -> Executor``."""
 
@@ -140,7 +143,8 @@ def load(
         path: the artifact.
         threads: threads of a call, by default what the artifact was compiled with, else every core that this process
             may use, and never more than these. The number changes no bit of a result.
-        check_finite: whether NaN or infinity, in an input or the output, is an error.
+        check_finite: whether NaN or infinity in an input or the output is an error, and so is an input beyond
+            `LARGEST`.
         reuse_bytes: memory for results that depend on timesteps and texts alone, which are kept between calls; 0
             computes them in every call (docs/artifact.md).
         device: the GPU of an artifact for one, such as "cuda:1"; the first by default.
@@ -535,7 +539,7 @@ class CompiledDenoiser:
 
         Raises:
             UserError: an input or `out` is missing, unknown, or of the wrong type, shape or device; the batch is empty;
-                an input or the output is not finite; a label is out of range.
+                an input or the output is not finite, or an input beyond `LARGEST`; a label is out of range.
         """
         if not 0 <= kind < len(self._kinds):
             raise UserError(f"there is no kind {kind} of calls: this artifact has {len(self._kinds)}, the first is 0")
@@ -550,6 +554,7 @@ class CompiledDenoiser:
         arrays, batch, fitting = fitted
         if self.check_finite:
             _require_finite_inputs(arrays)
+            _require_moderate_inputs(arrays)
         for name, below in self.manifest["model"].get("below", {}).items():
             _require_range(name, arrays[name], below)
         for assumed in self.manifest.get("assumptions", ()):
@@ -653,6 +658,19 @@ def _require_finite_inputs(arrays: Mapping[str, np.ndarray]) -> None:
             bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
             raise UserError(
                 f"input '{name}' holds NaN or infinity in sample {int(bad.argmax())}; check what made it"
+            )
+
+
+def _require_moderate_inputs(arrays: Mapping[str, np.ndarray]) -> None:
+    # Quantizers of activations cut off what is beyond their range: the output would be finite, and look like one.
+    for name, array in arrays.items():
+        if array.dtype.kind != "f" or "mask" in name:  # the least value of a mask stands for minus infinity
+            continue
+        if max(float(array.max()), -float(array.min())) > LARGEST:
+            at = np.unravel_index(int(np.abs(array).argmax()), array.shape)
+            raise UserError(
+                f"input '{name}' holds {array[at]:.3g} in sample {at[0]}, and at most {LARGEST:.0e} can be computed "
+                "with: squares of more overflow; check what made it"
             )
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -230,19 +231,33 @@ def test_bad_torch_input(denoiser):
         denoiser(**{**given, "sample": given["sample"].to("meta")})
 
 
-def test_a_non_finite_output_is_an_error(denoiser, path):
-    given = inputs(2)
-    given["sample"][1] = 3e38  # times up to 7.5
+def test_a_non_finite_output_is_an_error(denoiser, path, tmp_path):
+    offset = relax_artifact.TENSORS["offset"].copy()
+    offset[:2] = np.inf, 3e37  # the sum of such values overflows, and each is finite
+    relax_artifact.build(tmp_path / "large.mpq", tensors={**relax_artifact.TENSORS, "offset": offset})
+    large, given = compiled_denoiser.load(tmp_path / "large.mpq"), inputs(2)
+    given["class_labels"] = np.array([1, 0])
     with pytest.raises(
         UserError, match=r"output 'sample' holds NaN or infinity in \d+ of 96 .* first in sample 1"
     ):
-        denoiser.run(given)
+        large.run(given)
+    given["class_labels"] = np.array([1, 1])
+    assert np.isfinite(large.run(given)).all()
     given["sample"][1, 0, 0] = np.nan
     with pytest.raises(UserError, match="input 'sample' holds NaN or infinity in sample 1; check"):
         denoiser.run(given)
     assert not np.isfinite(compiled_denoiser.load(path, check_finite=False).run(given)).all()
-    large = {**inputs(1), "sample": np.full((1, 3, 16), 3e37, np.float32)}
-    assert np.isfinite(denoiser.run(large)).all()
+
+
+@pytest.mark.parametrize("value", [1e38, -2e18])
+def test_an_input_whose_squares_overflow_is_an_error(denoiser, path, value):
+    given = inputs(2)
+    given["sample"][1, 0, 3] = value
+    with pytest.raises(UserError, match=f"'sample' holds {re.escape(f'{value:.3g}')} in sample 1, and at most 1e"):
+        denoiser.run(given)
+    assert np.isfinite(compiled_denoiser.load(path, check_finite=False).run(given)).all()
+    given["sample"][1, 0, 3] = np.sign(value) * 9e17
+    assert np.isfinite(denoiser.run(given)).all()
 
 
 def test_a_machine_without_the_features_is_refused_before_anything_is_loaded(path, monkeypatch):
