@@ -257,7 +257,7 @@ class Artifact:
 def whole_of(path: Path) -> Path | None:
     """The folder of the pipeline that an artifact is a part of; None: of none."""
     folder = Path(os.path.abspath(path)).parent
-    return folder if (folder / PIPELINE).is_file() else None
+    return folder if path.is_dir() and (folder / PIPELINE).is_file() else None
 
 
 def _signed(path: Path, key: Trust | None) -> Signed | None:
