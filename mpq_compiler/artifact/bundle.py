@@ -132,7 +132,7 @@ def write(
         with (folder / WEIGHTS).open("wb") as stream:
             tensorfile.save(stream, tensors)
             sync(stream)
-        complete = _complete(manifest, tensors, {file.name: _describe(file) for file in folder.iterdir()})
+        complete = _complete(manifest, tensors, {file.name: described(file) for file in folder.iterdir()})
         with (folder / MANIFEST).open("wb") as stream:
             stream.write(canonical(complete))
             sync(stream)
@@ -192,7 +192,8 @@ def digest(manifest: Mapping[str, Any], own: str = "artifact_sha256") -> str:
     return hashlib.sha256(canonical(rest)).hexdigest()
 
 
-def _describe(path: Path) -> File:
+def described(path: Path) -> File:
+    """The manifest's entry of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
@@ -250,8 +251,15 @@ class Artifact:
         return ((whole_of(self.path) or self.folder) / signature.FILE).is_file()
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """The stored tensors by name, mapped: nothing is read before it is used."""
-        return tensorfile.load(self.file(WEIGHTS))
+        """The stored tensors by name, mapped: nothing is read before it is used.
+
+        UserError: they are others than the manifest says.
+        """
+        found = tensorfile.load(self.file(WEIGHTS))
+        stated = {entry["name"]: (entry["dtype"], tuple(entry["shape"])) for entry in self.manifest["tensors"]}
+        if stated != {name: (str(tensor.dtype), tensor.shape) for name, tensor in found.items()}:
+            raise _altered(self.path, f"{WEIGHTS} holds other tensors than its {MANIFEST} says")
+        return found
 
 
 def whole_of(path: Path) -> Path | None:

@@ -9,6 +9,10 @@ from collections.abc import Iterable, Sequence
 class UserError(Exception):
     """Bad input or a condition of the machine; the command line prints its one sentence and exits with 1."""
 
+    def __str__(self) -> str:
+        """The sentence in one line: what it quotes may hold lines, and codes that a terminal would obey."""
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+
 
 class BudgetError(UserError):
     """A budget is below the smallest value that any allocation reaches."""

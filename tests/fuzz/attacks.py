@@ -1,0 +1,326 @@
+"""What is attacked, and how: each kind of file that strangers may hand over, or that may have been damaged.
+
+An attack says of each mutant how it ended: ``refused`` with one sentence, ``right`` where it gave what the whole thing
+gives, ``taken`` where it was accepted and what it gives is its own. Everything else is an error that it raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.artifact import bundle
+from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.support import cache
+from mpq_compiler.support.errors import UserError
+from tests.fuzz.damage import changed, damaged, words
+from tests.harness import mutants, relax_artifact
+
+REFUSED, RIGHT, TAKEN = "refused", "right", "taken"
+INPUTS = {
+    "sample": np.linspace(-2, 2, 2 * 3 * relax_artifact.WIDTH, dtype=np.float32).reshape(2, 3, relax_artifact.WIDTH),
+    "timestep": np.array([3, 900]),
+    "class_labels": np.array([0, 9]),
+}
+
+
+@dataclass(frozen=True)
+class Attack:
+    """An attack by its name."""
+
+    base: Callable[[Path], None]
+    """Makes in a folder what is attacked."""
+    mutant: Callable[[Path, Path, random.Random], str]
+    """Makes one from the base in an empty folder, tries it, and says how that ended."""
+
+
+def sentence(error: UserError) -> str:
+    """``refused``. AssertionError: what is said is no sentence."""
+    said = str(error)
+    assert said and "\n" not in said and len(said) < 2000, said
+    return REFUSED
+
+
+def ran(path: Path, base: Path, strict: bool) -> str:
+    """How an artifact that may be a mutant ends. AssertionError: it gives something else, where that is wrong."""
+    try:
+        found = compiled_denoiser.load(path, threads=1).run(INPUTS)
+    except UserError as error:
+        return sentence(error)
+    if np.array_equal(found, np.load(base / "right.npy")):
+        return RIGHT
+    assert not strict, "another result, and no word"
+    return TAKEN
+
+
+# ------------------------------------------------------------------------------------------------- artifacts
+
+
+def artifact(folder: Path) -> None:
+    relax_artifact.build(folder / "a.mpq")
+    np.save(folder / "right.npy", compiled_denoiser.load(folder / "a.mpq").run(INPUTS))
+
+
+def damaged_folder(base: Path, scratch: Path, chance: random.Random) -> str:
+    path = Path(shutil.copytree(base / "a.mpq", scratch / "a.mpq"))
+    files = sorted(path.iterdir())
+    one, other = chance.choice(files), chance.choice(files)
+    kind = chance.randrange(6)
+    if kind == 0:
+        one.unlink()
+    elif kind == 1:
+        one.write_bytes(other.read_bytes())
+    elif kind == 2:
+        (path / chance.choice(["x", ".x", "signature.txt", "kernels.so.1"])).write_bytes(chance.randbytes(20))
+    elif kind == 3:
+        one.unlink()
+        one.symlink_to(base / "a.mpq" / one.name)
+    else:
+        one.write_bytes(damaged(one.read_bytes(), chance))
+    return ran(path, base, strict=True)
+
+
+def damaged_zip(base: Path, scratch: Path, chance: random.Random) -> str:
+    """Bytes of a zip changed, of each way to compress that there is."""
+    ways = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+    path = scratch / "a.zip"
+    with zipfile.ZipFile(path, "w", chance.choice(ways)) as made:
+        for file in sorted((base / "a.mpq").iterdir()):
+            made.write(file, file.name)
+    path.write_bytes(damaged(path.read_bytes(), chance))
+    return ran(path, base, strict=True)
+
+
+def odd_zip(base: Path, scratch: Path, chance: random.Random) -> str:
+    """A sound zip of other files than an artifact's: twice, elsewhere, a bomb."""
+    path = scratch / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        prefix = chance.choice(["", "", "a/", "../", "/", "a/b/"])
+        for file in sorted((base / "a.mpq").iterdir()):
+            if chance.random() < 0.05:
+                continue
+            content = file.read_bytes()
+            if file.name == bundle.MANIFEST and chance.random() < 0.5:
+                part = chance.choice([b"[],", b"{},", b"0,", b'"x",', b"[[[[]]]],"])
+                content = b'{"format":"mpq-artifact","x":[' + part * chance.choice([10, 10**5, 3 * 10**6]) + b"0]}"
+            with contextlib.suppress(UserWarning):
+                made.writestr(prefix + file.name, content)
+        if chance.random() < 0.3:
+            made.writestr(chance.choice(["x", "signature.txt", "weights.safetensors/", "é", "a" * 300]), b"\0" * 10**7)
+    return ran(path, base, strict=True)
+
+
+def resealed(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest as one who knows how hashes are computed."""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):
+        manifest["artifact_sha256"] = bundle.digest(manifest)
+    (path / bundle.MANIFEST).write_bytes(bundle.canonical(manifest))
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / bundle.MANIFEST).read_bytes())
+    return found
+
+
+def resealed_manifest(base: Path, scratch: Path, chance: random.Random) -> str:
+    path = Path(shutil.copytree(base / "a.mpq", scratch / "a.mpq"))
+    mutant = changed(_manifest(path), chance)
+    if not isinstance(mutant, dict):
+        return RIGHT
+    try:
+        resealed(path, mutant)
+    except (ValueError, RecursionError):
+        return RIGHT  # no text, so that there is nothing to read
+    return ran(path, base, strict=True)
+
+
+def resealed_weights(base: Path, scratch: Path, chance: random.Random) -> str:
+    path = Path(shutil.copytree(base / "a.mpq", scratch / "a.mpq"))
+    (path / bundle.MANIFEST).chmod(0o644)
+    file = path / bundle.WEIGHTS
+    ((_, content),) = mutants.mutants(chance.randrange(2**32), 1, file.read_bytes())
+    file.write_bytes(content)
+    manifest = _manifest(path)
+    manifest["files"][bundle.WEIGHTS] = bundle.described(file)
+    resealed(path, manifest)
+    return ran(path, base, strict=False)
+
+
+# ----------------------------------------------------------------------------------------------- what is read
+
+
+def said(*arguments: object) -> str:
+    """How a command ends: AssertionError where it is neither done nor refused with one sentence."""
+    from mpq_compiler.cli import mpqc
+
+    errors, output = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(output):
+        code = mpqc.main([*map(str, arguments)])
+    sentences = [line for line in errors.getvalue().splitlines() if line.startswith("mpqc: ")]
+    assert "internal error" not in errors.getvalue() and "Traceback" not in errors.getvalue(), errors.getvalue()[-500:]
+    assert code == 0 or (code == 1 and len(sentences) == 1), (code, errors.getvalue()[-500:])
+    return REFUSED if code else TAKEN
+
+
+def tried(read: Callable[[], object]) -> str:
+    """How reading a file ends."""
+    try:
+        read()
+    except UserError as error:
+        return sentence(error)
+    return TAKEN
+
+
+def problem(folder: Path) -> None:
+    layers = [
+        {"name": f"layer{i}", "choices": [
+            {"name": f"int{b}", "costs": {"bytes": b * (i + 1)}, "loss": 4.0 ** -b * (i + 1)} for b in (2, 4, 8)]}
+        for i in range(4)
+    ]  # fmt: skip
+    document = {"version": 1, "layers": layers, "budgets": [{"cost": "bytes", "max": 40}]}
+    (folder / "problem.json").write_text(json.dumps(document | {"ties": [["layer1", "layer2"]]}))
+
+
+def allocation(base: Path, scratch: Path, chance: random.Random) -> str:
+    text = (base / "problem.json").read_bytes()
+    mutant = json.dumps(changed(json.loads(text), chance)).encode() if chance.random() < 0.8 else damaged(text, chance)
+    (scratch / "problem.json").write_bytes(mutant)
+    return said("allocate", scratch / "problem.json", "--time-limit", "2")
+
+
+def recipe(folder: Path) -> None:
+    from mpq_compiler.pipeline import recipes
+
+    for name in recipes.names():
+        shutil.copy(Path(recipes.__file__).parents[1] / "recipes" / f"{name}.toml", folder)
+
+
+def recipes_(base: Path, scratch: Path, chance: random.Random) -> str:
+    from mpq_compiler.pipeline import recipes
+
+    text = chance.choice(sorted(base.glob("*.toml"))).read_bytes()
+    (scratch / "r.toml").write_bytes(chance.choice([words, damaged])(text, chance))
+    return tried(lambda: recipes.load(scratch / "r.toml"))
+
+
+def pipelines(base: Path, scratch: Path, chance: random.Random) -> str:
+    from mpq_compiler.pipeline import parser, recipes
+
+    text = ",".join(recipes.load(chance.choice(recipes.names())).pipeline)
+    mutant = words(text.encode(), chance).decode()
+    return tried(lambda: parser.parse(mutant))
+
+
+def model(folder: Path) -> None:
+    from mpq_compiler.frontend import denoiser, trajectories
+    from mpq_compiler.support import tensorfile
+    from tests.harness import tiny
+
+    path = tiny.save("unet2d", folder)
+    path.rename(folder / "model")
+    inputs = trajectories.record_calibration(denoiser.load(folder / "model"), 2, 2, 0)
+    with (folder / "calibration.safetensors").open("wb") as stream:
+        tensorfile.save(stream, {name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def models(base: Path, scratch: Path, chance: random.Random) -> str:
+    from mpq_compiler.frontend import denoiser
+
+    path = Path(shutil.copytree(base / "model", scratch / "model"))
+    file = chance.choice(sorted(each for each in path.rglob("*") if each.is_file()))
+    file.write_bytes(_mutant_of(file, chance))
+    return tried(lambda: denoiser.load(path))
+
+
+def calibrations(base: Path, scratch: Path, chance: random.Random) -> str:
+    from mpq_compiler.frontend import calibration_file, denoiser
+
+    file = scratch / "calibration.safetensors"
+    file.write_bytes(_mutant_of(base / "calibration.safetensors", chance))
+    loaded = denoiser.load(base / "model")
+    return tried(lambda: calibration_file.load(loaded, file))
+
+
+def _mutant_of(file: Path, chance: random.Random) -> bytes:
+    """By what the file is."""
+    content = file.read_bytes()
+    if file.suffix == ".json" and chance.random() < 0.8:
+        return json.dumps(changed(json.loads(content), chance)).encode()
+    if file.suffix == ".safetensors" and chance.random() < 0.8:
+        ((_, mutant),) = mutants.mutants(chance.randrange(2**32), 1, content)
+        return mutant
+    return damaged(content, chance)
+
+
+def dumped(folder: Path) -> None:
+    from mpq_compiler.driver.compile import compile_denoiser
+    from mpq_compiler.frontend import denoiser
+    from tests.harness import tiny
+
+    pipeline = (
+        "trace,layout,calibrate{samples=2,steps=4},time-groups{groups=2},bit-allocation{uniform=int4},"
+        "insert-fake-quant,round-weights{method=nearest},fold-fake-quant,fuse-epilogues"
+    )
+    loaded = denoiser.wrap(tiny.model("dit"), name="dit")
+    compile_denoiser(loaded, folder / "out", target="reference", pipeline=pipeline, dumps=folder / "dumps")
+
+
+def dumps(base: Path, scratch: Path, chance: random.Random) -> str:
+    path = Path(shutil.copytree(base / "dumps", scratch / "dumps"))
+    file = chance.choice(sorted(each for each in path.rglob("*") if each.is_file()))
+    file.write_bytes(_mutant_of(file, chance))
+    return said("inspect", path, *chance.choice([(), ("--layers",), ("--html", scratch / "page.html")]))
+
+
+# ------------------------------------------------------------------------------------------------- the cache
+
+
+def nothing(folder: Path) -> None:
+    """What needs no base."""
+
+
+def cached(base: Path, scratch: Path, chance: random.Random) -> str:
+    """Files and lines of the cache: what is read is what was written, or nothing."""
+    import warnings
+
+    content, place = chance.randbytes(200), scratch / "fits" / "x"
+    known = cache.Results("sensitivity", "key", scratch)
+    values = {str(i): chance.random() for i in range(5)}
+    for name, value in values.items():
+        known[name] = value
+    cache.write(place, content)
+    whole = place.read_bytes(), known.path.read_bytes()
+    place.write_bytes(damaged(whole[0], chance))
+    known.path.write_bytes(damaged(whole[1], chance))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found, read = cache.Results("sensitivity", "key", scratch), cache.read(place)
+    assert read in (None, content)
+    assert all(found[name] == values[name] for name in found)
+    return RIGHT
+
+
+ATTACKS = {
+    "artifact, a folder": Attack(artifact, damaged_folder),
+    "artifact, a zip": Attack(artifact, damaged_zip),
+    "artifact, an odd zip": Attack(artifact, odd_zip),
+    "manifest, hashes right": Attack(artifact, resealed_manifest),
+    "weights, hashes right": Attack(artifact, resealed_weights),
+    "cache": Attack(nothing, cached),
+    "allocation problem": Attack(problem, allocation),
+    "recipe": Attack(recipe, recipes_),
+    "pipeline text": Attack(nothing, pipelines),
+    "model folder": Attack(model, models),
+    "calibration file": Attack(model, calibrations),
+    "dumps": Attack(dumped, dumps),
+}
