@@ -116,7 +116,11 @@ def build(
         memory=memory,
         parts=[_describe_part(part) for part in lowered.parts().values()],
         stages=lowering.names(target),
-        prepare={"name": PREPARE, "tensors": [value.name for value in lowered.stored]},
+        prepare={
+            "name": PREPARE,
+            "tensors": [value.name for value in lowered.stored],
+            "reads": lowered.reads(),
+        },
         features=() if target.is_cuda else _features(lowered, target),
         facts={
             "kernels": len(lowered.kernels()),

@@ -238,9 +238,9 @@ class Artifact:
             raise UserError(f"{self.path} has no {name}: an artifact of this kind needs it; compile it again")
         return self.folder / name
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The stored tensors by name, mapped: nothing is read before it is used."""
-        return tensorfile.load(self.file(WEIGHTS))
+    def tensors(self, name: str = WEIGHTS) -> dict[str, np.ndarray]:
+        """The tensors of one of its files, in memory. UserError: the file was altered since it was verified."""
+        return tensorfile.load_verified(self.file(name), self.manifest["files"][name]["sha256"])
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> Manifest:
