@@ -191,7 +191,7 @@ def _parts(lowered: Lowered) -> list[Entry]:
 
 
 def _prepared(lowered: Lowered) -> Entry:
-    return {"name": PREPARE, "tensors": [value.name for value in lowered.stored]}
+    return {"name": PREPARE, "tensors": [value.name for value in lowered.stored], "reads": lowered.reads()}
 
 
 def _describe(function: Function, batch: int) -> Entry:

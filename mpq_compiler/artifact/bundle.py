@@ -250,14 +250,14 @@ class Artifact:
         """Whether there is a signature, right or wrong: only `read` with a key tells."""
         return ((whole_of(self.path) or self.folder) / signature.FILE).is_file()
 
-    def tensors(self) -> dict[str, np.ndarray]:
-        """The stored tensors by name, mapped: nothing is read before it is used.
+    def tensors(self, name: str = WEIGHTS) -> dict[str, np.ndarray]:
+        """The tensors of one of its files, in memory.
 
-        UserError: they are others than the manifest says.
+        UserError: the file was altered since it was verified; the stored tensors are others than the manifest says.
         """
-        found = tensorfile.load(self.file(WEIGHTS))
+        found = tensorfile.load_verified(self.file(name), self.manifest["files"][name]["sha256"])
         stated = {entry["name"]: (entry["dtype"], tuple(entry["shape"])) for entry in self.manifest["tensors"]}
-        if stated != {name: (str(tensor.dtype), tensor.shape) for name, tensor in found.items()}:
+        if name == WEIGHTS and stated != {n: (str(tensor.dtype), tensor.shape) for n, tensor in found.items()}:
             raise _altered(self.path, f"{WEIGHTS} holds other tensors than its {MANIFEST} says")
         return found
 

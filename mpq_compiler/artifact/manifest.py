@@ -36,6 +36,8 @@ class Prepare(TypedDict):
 
     name: str
     tensors: list[str]
+    reads: NotRequired[list[int]]
+    """How often its calls read each tensor; one more where it hands it on."""
 
 
 class Memory(TypedDict):

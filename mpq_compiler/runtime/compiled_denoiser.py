@@ -37,7 +37,7 @@ from mpq_compiler.sampling.call_tree import (
     require_constants,
 )
 from mpq_compiler.sampling.convention import Convention
-from mpq_compiler.support import plugins, tensorfile
+from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import Notice, UserError, nearest
 from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import nvidia
@@ -222,7 +222,7 @@ class CompiledDenoiser:
         call = self.manifest["model"].get("call", {})
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
         held = CONSTANTS in self.manifest["files"]
-        self._constants = tensorfile.load(artifact.file(CONSTANTS)) if held else {}
+        self._constants = artifact.tensors(CONSTANTS) if held else {}
         self.report: Any = None
         """The report of the compilation, where this process compiled it (`compile` of a pipeline); else None."""
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)

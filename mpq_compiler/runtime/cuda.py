@@ -309,7 +309,7 @@ class CudaMachine(tvm.VirtualMachine):
             self._do("cudaStreamWaitEvent", ctypes.c_void_p(stream), self._event, ctypes.c_uint(0))
 
     @contextmanager
-    def _dropping(self, stored: Iterable[np.ndarray]) -> Iterator[None]:
+    def _dropping(self, arrays: Sequence[np.ndarray], reads: Sequence[int]) -> Iterator[None]:
         yield
 
     def _tensor(self, array: np.ndarray) -> Tensor:

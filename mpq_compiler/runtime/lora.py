@@ -13,7 +13,6 @@ from mpq_compiler.artifact.bundle import LORA, Artifact
 from mpq_compiler.artifact.manifest import Lora, LoraBranch
 from mpq_compiler.runtime import lora_file
 from mpq_compiler.runtime.lora_file import Factors
-from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
 
 TELLING = 1e-3
@@ -52,7 +51,7 @@ def fit(artifact: Artifact, path: str | os.PathLike[str], scale: float) -> tuple
     lora = require(artifact)
     if not isinstance(scale, int | float) or not math.isfinite(scale):
         raise UserError(f"scale is {scale!r}; a LoRA is scaled by a finite number")
-    maps = tensorfile.load(artifact.file(LORA)) if LORA in artifact.manifest["files"] else {}
+    maps = artifact.tensors(LORA) if LORA in artifact.manifest["files"] else {}
     layers = {layer["name"]: layer for layer in lora["layers"]}
     names = lora_file.spellings(layers, artifact.manifest["model"]["config"].get("layers_per_block"))
     given, notes = lora_file.read(path, names)

@@ -6,17 +6,22 @@ One file of the apache-tvm wheel is loaded, `libtvm_runtime.so` (3.4 MB), throug
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import math
 import mmap
 import os
+import re
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +39,9 @@ ENVIRONMENT = "MPQ_TVM_RUNTIME"
 _LIBRARY = "libtvm_runtime.so"
 _CPU, _POOLED = 1, 2  # kDLCPU; the memory allocator that keeps its buffers for the next call
 _LARGE_PAGE, _MADV_COLLAPSE = 1 << 21, 25
+_SEALS = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_KERNEL = re.compile(r".+_[0-9a-f]{16}")
+"""The name of a kernel's function; the machine's own have others."""
 _GO_ON, _SKIP = 0, 1  # VMInstrumentReturnKind: what the machine does with the call
 
 
@@ -195,28 +203,40 @@ class VirtualMachine:
         return machine
 
     def _prepare(self, replaced: Mapping[str, np.ndarray]) -> None:
-        """Prepares the stored tensors, those in ``replaced`` with other values."""
+        """Prepares the stored tensors, those in ``replaced`` with other values.
+
+        UserError: the file is no longer that of the artifact; what was prepared before is still there.
+        """
         if prepare := self._artifact.manifest.get("prepare"):
             stored = {**self._artifact.tensors(), **replaced}
-            arguments = [self._tensor(aligned(stored[name])) for name in prepare["tensors"]]
-            with self._calling(), self._dropping(stored.values()):
+            self._prepared = self._ffi.convert([])  # before others take as much memory
+            arrays = [aligned(stored.pop(name)) for name in prepare["tensors"]]
+            arguments = [self._tensor(array) for array in arrays]
+            with self._calling(), self._dropping(arrays, prepare.get("reads", ())):
                 self._prepared = self._machine[prepare["name"]](*arguments)
             self._place(self._prepared)
 
     @contextmanager
-    def _dropping(self, stored: Iterable[np.ndarray]) -> Iterator[None]:
-        """Takes the pages of mapped files out of memory behind every kernel call, which has read its own for good.
+    def _dropping(self, arrays: Sequence[np.ndarray], reads: Sequence[int]) -> Iterator[None]:
+        """Gives the memory of every stored tensor back behind the kernel call that is the last to read it.
 
         Else weights would stand there twice, as they are stored and as they are prepared.
         """
-        files = {id(each): each for each in filter(None, map(tensorfile.mapping, stored))}
-        if not files or not hasattr(mmap, "MADV_DONTNEED"):
+        stored = {array.ctypes.data: array for array in arrays}
+        left = dict(zip(stored, reads, strict=False))
+        if not left or not hasattr(mmap, "MADV_DONTNEED"):
             yield
             return
 
         def drop(called: object, name: str, before: bool, result: object, *operands: object) -> int:
-            for each in () if before else files.values():
-                each.madvise(mmap.MADV_DONTNEED)
+            if before or not _KERNEL.fullmatch(name):  # others are the machine's own: views, tuples
+                return _GO_ON
+            for operand in operands:
+                address = operand.data_ptr() if isinstance(operand, self._ffi.Tensor) else None
+                if address in left:
+                    left[address] -= 1
+                    if not left[address]:
+                        _drop(stored[address])
             return _GO_ON
 
         set_instrument = self._machine["set_instrument"]
@@ -229,11 +249,10 @@ class VirtualMachine:
     def replace(self, tensors: Mapping[str, np.ndarray]) -> None:
         """Replaces stored tensors, by name, by others of their shapes and types, until the next call.
 
-        All others are those of the artifact. What was kept between calls is evicted.
+        All others are those of the artifact. What was kept between calls is evicted. UserError: as `_prepare`.
         """
-        self.forget()
-        self._prepared = self._ffi.convert([])  # before others take as much memory
         self._prepare(tensors)
+        self.forget()
 
     devices: tuple[int, ...] = (_CPU,)
     """DLPack's kinds of the devices that the machine uses; its tensors are on the first."""
@@ -262,13 +281,26 @@ class VirtualMachine:
             part.forget()
 
     def _load_kernels(self, path: Path, sha256: str) -> Any:
-        # The dynamic loader knows libraries by path and keeps them: under its own path an artifact that was
-        # overwritten would run the old kernels. A link whose name is the hash of the content is loaded anew
-        # exactly when it should.
+        """Loads a copy that nobody else can write to, and whose hash is the manifest's."""
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror}") from error
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{path} was altered after it was written; copy or compile it again")
+        self._sealed = _sealed(content, sha256)
+        # The dynamic loader knows libraries by path and keeps them, and the number of a descriptor is used again: a
+        # name in a folder of its own is new, whatever has been loaded before. By its inode it still knows a file that
+        # several artifacts share: so do they their threads.
         with tempfile.TemporaryDirectory(prefix="mpq-") as folder:
-            link = Path(folder, f"{sha256}.so")
-            link.symlink_to(path.resolve())
-            return self._ffi.load_module(str(link), keep_module_alive=False)
+            library = Path(folder, f"{sha256}.so")
+            if self._sealed is not None:
+                library.symlink_to(f"/proc/self/fd/{self._sealed.fileno()}")
+                with suppress(RuntimeError, OSError):  # where such files may not be executed (vm.memfd_noexec)
+                    return self._ffi.load_module(str(library), keep_module_alive=False)
+                library.unlink()
+            library.write_bytes(content)
+            return self._ffi.load_module(str(library), keep_module_alive=False)
 
     @contextmanager
     def _calling(self) -> Iterator[None]:
@@ -344,6 +376,38 @@ class VirtualMachine:
         finally:
             set_instrument(None)
         return found
+
+
+_SEALED: weakref.WeakValueDictionary[str, io.FileIO] = weakref.WeakValueDictionary()
+"""The sealed files of loaded kernels, by their hash."""
+
+
+def _sealed(content: bytes, sha256: str) -> io.FileIO | None:
+    """A file in memory with this content, which nothing can change; None where the system has none, or no /proc."""
+    if (found := _SEALED.get(sha256)) is not None:
+        return found
+    try:
+        handle = os.memfd_create("kernels.so", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        file = io.FileIO(handle, "r+")
+        written = file.write(content)
+        fcntl.fcntl(handle, fcntl.F_ADD_SEALS, _SEALS)
+        if written != len(content) or os.stat(f"/proc/self/fd/{handle}").st_ino != os.fstat(handle).st_ino:
+            return None
+    except OSError:
+        return None
+    _SEALED[sha256] = file
+    return file
+
+
+def _drop(array: np.ndarray) -> None:
+    """Gives the whole pages of an array in memory of `tensorfile.load_verified` back."""
+    if (memory := tensorfile.mapping(array)) is None:
+        return
+    base = np.frombuffer(memory, np.uint8).ctypes.data
+    begin = -(-(array.ctypes.data - base) // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (array.ctypes.data - base + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end:
+        memory.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def _use_large_pages(tensors: Iterable[Any]) -> None:

@@ -8,6 +8,7 @@ unaligned, since copying them costs less than padding.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import mmap
@@ -24,6 +25,9 @@ ALIGNMENT = 64
 _MAPPED = 4096  # bytes (one page) from which on a tensor is aligned and mapped
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _PAD = "__pad"
+
+_Header = dict[str, Any]
+"""The entry of each tensor by name."""
 
 _DTYPES = {
     name: np.dtype(name)
@@ -70,7 +74,7 @@ def _plan(
     tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, list[np.ndarray]]:
     """Lays the file out: the header's text, padded to `ALIGNMENT`, and the tensors in the order of their bytes."""
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    header: _Header = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     chunks: list[np.ndarray] = []
     offset = pads = 0
 
@@ -110,7 +114,7 @@ def _order(tensors: Mapping[str, np.ndarray]) -> list[str]:
     return sorted(tensors, key=rank)
 
 
-def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
+def read_header(path: str | os.PathLike[str]) -> tuple[_Header, int]:
     """Reads and checks the header of a safetensors file.
 
     Nothing of a claimed size is allocated before it is checked, so a hostile file costs nothing.
@@ -122,21 +126,25 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, Any], int]:
         UserError: not a safetensors file, truncated, or a header that contradicts itself or the file.
     """
     path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            return _header(path, stream, path.stat().st_size)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _header(path: Path, stream: BinaryIO | mmap.mmap, size: int) -> tuple[_Header, int]:
+    """The header of a file of ``size`` bytes, as `read_header` returns it. UserError: it is not sound."""
 
     def refuse(what: str) -> UserError:
         return UserError(f"{path} is not a sound safetensors file: {what}; get the file again")
 
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8:
-                raise refuse(f"it has only {size} bytes")
-            if length > min(size - 8, _MAX_HEADER):
-                raise refuse(f"its header claims {length} bytes, the file has {size}")
-            text = stream.read(length)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8:
+        raise refuse(f"it has only {size} bytes")
+    if length > min(size - 8, _MAX_HEADER):
+        raise refuse(f"its header claims {length} bytes, the file has {size}")
+    text = stream.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_unique)
         if not isinstance(header, dict):
@@ -193,7 +201,39 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         UserError: as `read_header`; a tensor of another type that NumPy lacks (float8).
     """
     header, start = read_header(path)
-    data = np.memmap(path, np.uint8, mode="c")
+    return _tensors(path, header, start, np.memmap(path, np.uint8, mode="c"))
+
+
+def load_verified(path: str | os.PathLike[str], sha256: str) -> dict[str, np.ndarray]:
+    """Reads the tensors of a safetensors file to memory, if the file has this SHA-256.
+
+    The bytes that were hashed are those of the tensors: a file that is overwritten meanwhile or later, which a mapping
+    would see, changes nothing. Arrays lie in one mapping of memory (`mapping`), whose pages can be given back.
+
+    Raises:
+        UserError: as `load`; the file has another hash.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            with memoryview(memory) as view:
+                read = 0
+                while count := stream.readinto(view[read:size]):
+                    read += count
+                if read != size or hashlib.sha256(view[:size]).hexdigest() != sha256:
+                    raise UserError(f"{path} was altered after it was written; copy or compile it again")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    header, start = _header(path, memory, size)
+    return _tensors(path, header, start, np.frombuffer(memory, np.uint8))
+
+
+def _tensors(
+    path: str | os.PathLike[str], header: _Header, start: int, data: np.ndarray
+) -> dict[str, np.ndarray]:
+    """The tensors of a file whose bytes are `data`."""
     tensors = {}
     for name, entry in header.items():
         if name.startswith(_PAD):
@@ -211,10 +251,10 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def mapping(array: np.ndarray) -> mmap.mmap | None:
-    """The mapping of the file that an array of `load` lies in; None for one in memory."""
+    """The mapping that an array of `load` or of `load_verified` lies in; None for another array."""
     base: object = array
-    while isinstance(base, np.ndarray):
-        base = base.base
+    while isinstance(base, np.ndarray | memoryview):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
     return base if isinstance(base, mmap.mmap) else None
 
 

@@ -532,27 +532,32 @@ def test_weights_move_to_large_pages():
 
 def test_stored_weights_leave_memory_as_they_are_prepared():
     code = """
-    import sys
+    import ctypes, mmap, sys
     import numpy as np
     from mpq_compiler.runtime import compiled_denoiser
-    from mpq_compiler.support.tensorfile import aligned
-    def resident():
-        lines = iter(open("/proc/self/smaps"))
-        found = 0
-        for line in lines:
-            if line.rstrip().endswith("weights.safetensors"):
-                found += next(int(each.split()[1]) for each in lines if each.startswith("Rss:"))
-        return found
+    from mpq_compiler.support import tensorfile
+
+    def resident(array):
+        begin = -(-array.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = (array.ctypes.data + array.nbytes - begin) // mmap.PAGESIZE
+        found = (ctypes.c_ubyte * pages)()
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(pages * mmap.PAGESIZE), found) == 0
+        return sum(page & 1 for page in found), pages
+
     executor = compiled_denoiser.load(sys.argv[1], threads=1).executor
-    assert resident() == 0
-    stored = executor._artifact.tensors()
-    whole = sum(int(each.view(np.uint8).any()) + each.nbytes for each in stored.values()) >> 10
-    assert resident() >= whole
-    prepare = executor._artifact.manifest["prepare"]
-    arguments = [executor._tensor(aligned(stored[name])) for name in prepare["tensors"]]
-    with executor._calling(), executor._dropping(stored.values()):
-        executor._machine[prepare["name"]](*arguments)
-    assert resident() == 0
+    prepare, stored = executor._artifact.manifest["prepare"], executor._artifact.tensors()
+    arrays = [tensorfile.aligned(stored[name]) for name in prepare["tensors"]]
+    large = [array for array in arrays if array.nbytes >= 4 * mmap.PAGESIZE and tensorfile.mapping(array)]
+    assert len(large) > 5 and all(there == pages for there, pages in map(resident, large))
+    arguments = [executor._tensor(array) for array in arrays]
+    with executor._calling(), executor._dropping(arrays, prepare["reads"]):
+        made = executor._machine[prepare["name"]](*arguments)
+    kept = {each.data_ptr() for each in made}
+    for array in large:
+        there, pages = resident(array)
+        assert there == (pages if array.ctypes.data in kept else 0)
+    again = {name: np.array(array) for name, array in zip(prepare["tensors"], arrays) if array.ctypes.data in kept}
+    assert all(np.array_equal(array, executor._artifact.tensors()[name]) for name, array in again.items())
     """
     python(code, compiled_pipeline.path() / "unet")
 

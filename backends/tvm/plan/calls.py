@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -219,6 +220,11 @@ class Lowered:
         yield from self.preparation
         for function in self.functions:
             yield from function.calls
+
+    def reads(self) -> list[int]:
+        """How often calls of `prepare` read each stored tensor; one more where it is handed on."""
+        found = Counter(name for call in self.preparation for _, name in call.operands) + Counter(self.prepared)
+        return [found[value.name] for value in self.stored]
 
     def linked(self) -> Lowered:
         """The plan whose `prepare` makes what the functions read, in the order in which they do, and nothing else."""
