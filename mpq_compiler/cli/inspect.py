@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,12 +38,27 @@ def run(args: argparse.Namespace) -> Any:
     """Print or write what is asked for, and return it."""
     path = Path(args.path)
     if not args.html:
-        return inspect(path, args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores)
+        with _unverified(path):
+            return inspect(path, args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores)
     page = Path(args.html)
     output.require_new(page, args.overwrite)
-    output.write_text(write_page(path), page)
+    with _unverified(path):
+        text = write_page(path)
+    output.write_text(text, page)
     terminal.say(f"wrote {page}")
     return {"output": str(page)}
+
+
+@contextmanager
+def _unverified(path: Path) -> Iterator[None]:
+    """Says of dumps, which no hash covers, that they were altered, where something in them is not what is written."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if _is_artifact(path):
+            raise  # its files were verified: this is a fault of ours
+        said = f"{type(error).__name__}: {error}"
+        raise UserError(f"'{path}' was altered since it was written ({said}); compile it again with --dumps") from error
 
 
 def inspect(
