@@ -213,22 +213,6 @@ def test_a_failing_file_leaves_nothing(tmp_path, name, error):
     assert bundle.read(tmp_path / name).manifest == before
 
 
-def test_a_failing_rename_brings_the_old_one_back(tmp_path, monkeypatch):
-    write(tmp_path / "a.mpq")
-    before, rename = contents(tmp_path / "a.mpq"), os.rename
-
-    def interrupted(source, target):
-        if Path(target) == tmp_path / "a.mpq" and Path(source).name == "a.mpq":
-            raise KeyboardInterrupt
-        rename(source, target)
-
-    monkeypatch.setattr(os, "rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "a.mpq", files={"ir.txt": b"new"}, overwrite=True)
-    assert os.listdir(tmp_path) == ["a.mpq"]
-    assert contents(tmp_path / "a.mpq") == before
-
-
 def test_ctrl_c(tmp_path):
     code = """
         import signal

@@ -49,7 +49,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a document of a later version": (
         lambda folder: _edited(folder, lambda document: document.update(format_version=9), sign=True), "version 9"
     ),
-    "no JSON": (lambda folder: (folder / pipeline.FILE).write_text("{"), "cannot be read"),
+    "no JSON": (lambda folder: (folder / pipeline.FILE).write_text("{"), "is not JSON"),
     "another tokenizer": (
         lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer.json is missing or was altered"
     ),

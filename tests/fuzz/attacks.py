@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import random
+import resource
 import shutil
+import subprocess
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,6 +29,11 @@ from mpq_compiler.support.errors import UserError
 from tests.fuzz.damage import changed, damaged, words
 from tests.harness import mutants, relax_artifact
 
+PIPELINE = (
+    "trace,layout,calibrate{samples=2,steps=4},time-groups{groups=2},bit-allocation{uniform=int4},"
+    "insert-fake-quant,round-weights{method=nearest},fold-fake-quant,fuse-epilogues"
+)
+"""A compilation of seconds."""
 REFUSED, RIGHT, TAKEN = "refused", "right", "taken"
 INPUTS = {
     "sample": np.linspace(-2, 2, 2 * 3 * relax_artifact.WIDTH, dtype=np.float32).reshape(2, 3, relax_artifact.WIDTH),
@@ -42,6 +50,8 @@ class Attack:
     """Makes in a folder what is attacked."""
     mutant: Callable[[Path, Path, random.Random], str]
     """Makes one from the base in an empty folder, tries it, and says how that ended."""
+    share: float = 1.0
+    """How many are tried of each that is asked for: fewer where one takes seconds."""
 
 
 def sentence(error: UserError) -> str:
@@ -267,12 +277,8 @@ def dumped(folder: Path) -> None:
     from mpq_compiler.frontend import denoiser
     from tests.harness import tiny
 
-    pipeline = (
-        "trace,layout,calibrate{samples=2,steps=4},time-groups{groups=2},bit-allocation{uniform=int4},"
-        "insert-fake-quant,round-weights{method=nearest},fold-fake-quant,fuse-epilogues"
-    )
     loaded = denoiser.wrap(tiny.model("dit"), name="dit")
-    compile_denoiser(loaded, folder / "out", target="reference", pipeline=pipeline, dumps=folder / "dumps")
+    compile_denoiser(loaded, folder / "out", target="reference", pipeline=PIPELINE, dumps=folder / "dumps")
 
 
 def dumps(base: Path, scratch: Path, chance: random.Random) -> str:
@@ -280,6 +286,85 @@ def dumps(base: Path, scratch: Path, chance: random.Random) -> str:
     file = chance.choice(sorted(each for each in path.rglob("*") if each.is_file()))
     file.write_bytes(_mutant_of(file, chance))
     return said("inspect", path, *chance.choice([(), ("--layers",), ("--html", scratch / "page.html")]))
+
+
+# --------------------------------------------------------------------------------------------- the C program
+
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-std=c11")
+
+
+def program(folder: Path) -> None:
+    """A program whose C is compiled again with sanitizers, with inputs, a signature and what it gives."""
+    from mpq_compiler.artifact import signing
+    from mpq_compiler.driver.compile import compile_denoiser
+    from mpq_compiler.frontend import denoiser
+    from mpq_compiler.support import tensorfile
+    from tests.harness import tiny
+
+    made = compile_denoiser(
+        *(denoiser.wrap(tiny.model("dit"), name="dit"), folder / "a.mpq"), emit="c", pipeline=PIPELINE,
+    )  # fmt: skip
+    assert made.artifact
+    names = ("mpq.c", "mpq_run.c", "mpq_model.c", "libkernels.a", "monocypher.c", "monocypher-ed25519.c")
+    sources = [str(folder / "a.mpq" / name) for name in names]
+    command = ["gcc", *SANITIZE, *sources, "-lpthread", "-lm", "-o", str(folder / "run")]
+    subprocess.run(command, check=True, capture_output=True)
+    function = bundle.read_manifest(folder / "a.mpq")["functions"][0]
+    source = np.random.default_rng(0)
+    inputs = {
+        value["name"]: (source.standard_normal(value["shape"]) if value["dtype"] == "float32" else
+                        np.ones(value["shape"])).astype(value["dtype"])
+        for value in function["inputs"]
+    }  # fmt: skip
+    with (folder / "inputs").open("wb") as stream:
+        tensorfile.save(stream, inputs)
+    signing.new_key(folder / "k.pem")
+    signing.sign(folder / "a.mpq", signing.private_key(folder / "k.pem"))
+    (folder / "key").write_text(signing.private_key(folder / "k.pem").public_key().public_bytes_raw().hex())
+    assert _runs(folder, folder, {}, folder / "right") == RIGHT
+
+
+def programs(base: Path, scratch: Path, chance: random.Random) -> str:
+    """Inputs, weights or the signature damaged; all but inputs have to be right to be taken."""
+    name = chance.choice(["inputs", "inputs", "weights.safetensors", "signature.txt"])
+    whole = (base if name == "inputs" else base / "a.mpq") / name
+    content = whole.read_bytes()
+    if name == "signature.txt" or chance.random() < 0.3:
+        mutant = damaged(content, chance)
+    else:
+        ((_, mutant),) = mutants.mutants(chance.randrange(2**32), 1, content)
+    how = _runs(base, scratch, {name: mutant}, scratch / "output")
+    if how == REFUSED:
+        return how
+    same = (scratch / "output").read_bytes() == (base / "right").read_bytes()
+    assert same or name == "inputs", f"{name} was altered, and the output is another"
+    return RIGHT if same else TAKEN
+
+
+def _runs(base: Path, scratch: Path, instead: dict[str, bytes], output: Path) -> str:
+    """Runs the program on its files, some of them others. AssertionError: it crashed, or said no sentence."""
+    files = {name: base / "a.mpq" / name for name in ("weights.safetensors", "signature.txt")}
+    files["inputs"] = base / "inputs"
+    place = scratch / "files"
+    place.mkdir(exist_ok=True)
+    for name, path in files.items():
+        (place / name).write_bytes(instead.get(name, path.read_bytes()))
+    command = [base / "run", "--weights", place / "weights.safetensors", "--inputs", place / "inputs"]
+    command += ["--output", output, "--key", base / "key"]
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # its end is what frees its memory
+    done = subprocess.run(
+        [*map(str, command)], capture_output=True, env=environment, timeout=60, preexec_fn=_no_limit
+    )  # fmt: skip
+    said = done.stderr.decode(errors="replace")
+    assert done.returncode in (0, 1), (done.returncode, said[:600])
+    if done.returncode:
+        assert said.startswith("error: ") and said.count("\n") == 1, said[:300]
+    return REFUSED if done.returncode else RIGHT
+
+
+def _no_limit() -> None:
+    """Sanitizers reserve a large part of the address space, which the process of the campaign bounds."""
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
 # ------------------------------------------------------------------------------------------------- the cache
@@ -320,7 +405,8 @@ ATTACKS = {
     "allocation problem": Attack(problem, allocation),
     "recipe": Attack(recipe, recipes_),
     "pipeline text": Attack(nothing, pipelines),
-    "model folder": Attack(model, models),
-    "calibration file": Attack(model, calibrations),
-    "dumps": Attack(dumped, dumps),
+    "model folder": Attack(model, models, 0.2),
+    "calibration file": Attack(model, calibrations, 0.2),
+    "dumps": Attack(dumped, dumps, 0.2),
+    "C program, sanitized": Attack(program, programs, 0.5),
 }

@@ -96,7 +96,7 @@ def _some(name: str, seeds: list[int], base: Path, found: Outcome, until: float 
 
 def _child(name: str, base: Path, scratch: Path) -> None:
     """Tries the seeds that come on standard input."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what is printed is no answer

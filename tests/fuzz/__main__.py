@@ -1,0 +1,86 @@
+"""Attacks for as long as one likes, with seeds that nobody tried before; what ends badly is printed with its seed.
+
+    python -m tests.fuzz --minutes 60                   # all attacks, turn by turn
+    python -m tests.fuzz --attack "dumps" --first 7 --mutants 1    # one mutant again
+    python -m tests.fuzz --mutants 2000 --kills 200 --soak 100000 --write    # the figures of docs/trust.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from mpq_compiler.support import host
+from tests.fuzz import attacks, campaign, kills, soak
+from tests.fuzz.attacks import ATTACKS
+from tests.harness.tree import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "trust.json"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--attack", nargs="*", choices=ATTACKS, default=[*ATTACKS], help="those alone")
+    parser.add_argument("--minutes", type=float, help="how long; without it each attack has --mutants")
+    parser.add_argument("--mutants", type=int, default=100, help="of each attack (100)")
+    parser.add_argument("--first", type=int, default=0, help="seed of the first mutant (0)")
+    parser.add_argument("--kills", type=int, default=0, help="of compilations, afterwards (0)")
+    parser.add_argument("--soak", type=int, default=0, help="calls from four threads, afterwards (0)")
+    parser.add_argument("--write", action="store_true", help=f"figures to {RESULTS.relative_to(ROOT)}")
+    args = parser.parse_args()
+    found = {name: campaign.Outcome() for name in args.attack}
+    until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
+        first = args.first
+        while True:
+            for name in args.attack:
+                count = max(1, round(args.mutants * ATTACKS[name].share))
+                own = campaign.run(name, range(first, first + count), Path(scratch), until)
+                _add(found[name], own)
+                _say(name, found[name])
+            first += args.mutants
+            if until is None or time.monotonic() > until:
+                break
+        figures: dict[str, object] = {name: _figures(outcome) for name, outcome in found.items()}
+        bad = sum(len(outcome.bad) for outcome in found.values())
+        document = {"cpu": host.cpu(), "command": "python -m tests.fuzz " + " ".join(sys.argv[1:]), "attacks": figures}
+        if args.soak:
+            attacks.artifact(Path(scratch))
+            wrong, memory = soak.soak(Path(scratch, "a.mpq"), args.soak)
+            document["soak"] = {"calls": args.soak, "threads": 4, "wrong": wrong, "bytes": memory}
+            print(f"{args.soak} calls from four threads: {wrong} wrong, memory {memory} bytes", flush=True)
+            bad += wrong
+        if args.kills:
+            document["kills"] = dict(kills.campaign(Path(scratch, "kills"), args.kills, args.first))
+            print("kills of compilations:", document["kills"], flush=True)
+    if args.write:
+        RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+    return 1 if bad else 0
+
+
+def _add(all_: campaign.Outcome, more: campaign.Outcome) -> None:
+    all_.counts += more.counts
+    all_.bad += more.bad
+    all_.slowest = max(all_.slowest, more.slowest)
+    for seed, how, what in more.bad:
+        print(f"  seed {seed}: {how} {what}")
+
+
+def _say(name: str, outcome: campaign.Outcome) -> None:
+    counts = ", ".join(f"{count} {how}" for how, count in sorted(outcome.counts.items()))
+    print(f"{name}: {sum(outcome.counts.values())} mutants: {counts}; {outcome.slowest:.1f} s at most", flush=True)
+
+
+def _figures(outcome: campaign.Outcome) -> dict[str, object]:
+    counts: Counter[str] = outcome.counts
+    return {"mutants": sum(counts.values()), **dict(sorted(counts.items())), "slowest_s": round(outcome.slowest, 1)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
