@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mpq_compiler import schemas
 from mpq_compiler.frontend import call_file, checkpoint, checkpoint_fit, checkpoint_module
 from mpq_compiler.frontend.call_file import Recording
 from mpq_compiler.frontend.call_module import CallModule, held
@@ -293,6 +294,8 @@ def load(
     place = checkpoint.locate(model)
     module = checkpoint_module.read(place)
     harness = checkpoint.read_json(place.harness) if place.harness else {}
+    if problem := schemas.check(harness, "harness"):
+        raise UserError(f"'{place.harness}' does not say how '{place.name}' is sampled: {problem}")
     chosen = Path(scheduler) if scheduler else place.scheduler
     made = wrap(
         module,
@@ -416,11 +419,10 @@ def _text_encoder(harness: Mapping[str, Any], path: Path | None) -> TextEncoder 
     """Loads the text encoder that a harness.json describes; None where it describes none."""
     if path is None or "text" not in harness:
         return None
-    about = harness["text"]
-    tables = about.get("tables") if isinstance(about, dict) else None
-    if not isinstance(tables, str) or ".." in Path(tables).parts or Path(tables).is_absolute():
+    tables = Path(harness["text"]["tables"])
+    if ".." in tables.parts or tables.is_absolute():
         raise UserError(f"'text.tables' in '{path}' must name a file below its folder")
-    return TextEncoder.load(about, path.parent / tables)
+    return TextEncoder.load(harness["text"], path.parent / tables)
 
 
 def wrap(

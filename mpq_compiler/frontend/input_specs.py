@@ -13,6 +13,8 @@ from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.support.errors import UserError
 
 # Parameters of diffusers' forward methods that may be left out without changing the function that is computed.
+MOST_PIXELS = 1 << 14
+"""The most pixels of a side of latents."""
 _OPTIONAL = {
     "attention_kwargs",
     "attention_mask",
@@ -203,7 +205,7 @@ def specs_of(
     channels, sides = config.get("in_channels"), size or config.get("sample_size")
     if not isinstance(channels, int) or sides is None:
         raise UserError(f"the configuration of {kind} does not say the size of its latents; give their shape")
-    height, width = (sides, sides) if isinstance(sides, int) else sides
+    height, width = _sides(kind, sides)
     if height % patch or width % patch:
         raise UserError(f"{kind} takes latents of {patch}x{patch} pixels a token, and {height}x{width} is no multiple")
     continuous = not _CONTINUOUS_TIME.isdisjoint(taken) or convention_of(model).timestep_unit != 1
@@ -229,12 +231,24 @@ def specs_of(
         specs.append(_spec("time_ids", (_TIME_IDS,), torch.float32))
     elif added is not None:
         raise UserError(f"the addition_embed_type '{added}' of {kind} is not supported")
-    if "timestep_cond" in taken and (width := config.get("time_cond_proj_dim")):
-        specs.append(_spec("timestep_cond", (width,), torch.float32))  # the guidance of latent consistency models
+    if "timestep_cond" in taken and (conditioned := config.get("time_cond_proj_dim")):
+        specs.append(_spec("timestep_cond", (conditioned,), torch.float32))  # the guidance of latent consistency models
     if getattr(model, "use_additional_conditions", False):
         specs.append(_spec("resolution", (2,), torch.float32))
         specs.append(_spec("aspect_ratio", (1,), torch.float32))
     return {spec.name: spec for spec in specs}, notes
+
+
+def _sides(kind: str, sides: object) -> tuple[int, int]:
+    """Height and width of latents, by one number or two. UserError: they are none."""
+    both = [sides, sides] if isinstance(sides, int) else sides
+    if isinstance(both, list | tuple) and len(both) == 2:
+        height, width = both
+        if all(type(side) is int and 0 < side <= MOST_PIXELS for side in both):
+            return height, width
+    raise UserError(
+        f"'sample_size' of {kind} has to be one number of pixels or two, each from 1 to {MOST_PIXELS}, and is {sides!r}"
+    )
 
 
 def _spec(name: str, sample: tuple[int, ...], dtype: torch.dtype, below: int | None = None) -> InputSpec:

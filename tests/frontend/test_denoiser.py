@@ -379,3 +379,22 @@ def test_models_that_are_called_in_another_way():
     x = wrapped.random_inputs(2)
     exact = model(x["hidden_states"], x["encoder_hidden_states"], x["timestep"] / 1000).sample
     assert torch.equal(wrapped(**x), exact)
+
+
+@pytest.mark.parametrize("size", ["x", -1, 0, 1.5, [], {}, [1, "x"], [4], [4, 4, 4], 10**9, True])
+def test_sizes_that_are_none(size, tmp_path):
+    folder = tiny.save("unet2d", tmp_path)
+    (config,) = folder.rglob("config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": size}))
+    with pytest.raises(UserError, match=r"sample_size|no whole model|size"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "said", [{"features": 3}, {"tokens": "x"}, {"class_names": 5}, {"null_class": "x"}, {"text": 5}, {"text": {}}]
+)
+def test_a_harness_that_says_something_else(said, tmp_path):
+    folder = tiny.save("unet2d", tmp_path)
+    (folder / "harness.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=f"harness.json.*{next(iter(said))}"):
+        load(folder)

@@ -28,7 +28,8 @@ PIPELINE = (
     "residual-branch,round-weights{method=gptq},fold-fake-quant,fuse-epilogues"
 )
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-CODES = {signal.SIGKILL: (-9,), signal.SIGTERM: (143,), signal.SIGINT: (130,)}
+CODES = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
+"""Negative ones are of a process that has not come to the command yet."""
 
 
 def command(model: Path, output: Path, cache: Path) -> list[str]:
