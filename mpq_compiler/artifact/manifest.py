@@ -148,6 +148,22 @@ class Assumption(TypedDict):
     values: list[float]
 
 
+class Ends(TypedDict):
+    """The least and the greatest value of an input in calibration."""
+
+    low: float
+    high: float
+
+
+class Calibration(TypedDict):
+    """What the inputs were that the artifact was calibrated on; keys beside these say where they came from."""
+
+    seed: int
+    inputs: int
+    ranges: NotRequired[dict[str, Ends]]
+    """Of the float inputs, by name."""
+
+
 class Weights(TypedDict):
     """The size of the stored tensors."""
 
@@ -183,7 +199,7 @@ class Manifest(TypedDict):
     pipeline: NotRequired[str]
     plan: NotRequired[dict[str, Any]]
     assumptions: NotRequired[list[Assumption]]
-    calibration: NotRequired[dict[str, Any]]
+    calibration: NotRequired[Calibration]
     quality: NotRequired[dict[str, Any]]
     sampling: NotRequired[dict[str, Any]]
     versions: dict[str, str]

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpq_compiler import formats
 from mpq_compiler.artifact import bundle, tvm_wheels
-from mpq_compiler.artifact.manifest import Calls
+from mpq_compiler.artifact.manifest import Calls, Ends
 from mpq_compiler.driver import lora
 from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.options import Options
@@ -157,8 +157,10 @@ def _calls(denoiser: Denoiser, built: Built) -> list[Calls]:
 
 
 def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes: Sequence[Pass]) -> dict[str, Any]:
-    """The manifest's entry on the source of the calibration inputs."""
-    found: dict[str, Any] = {"seed": options.seed, "inputs": len(planned.facts[CALIBRATION].timesteps)}
+    """The manifest's entry on the calibration inputs: where they came from, how many there are, and what they span."""
+    calibration = planned.facts[CALIBRATION]
+    ranges = {name: Ends(low=_decimal(low), high=_decimal(high)) for name, (low, high) in calibration.ranges().items()}
+    found: dict[str, Any] = {"seed": options.seed, "inputs": len(calibration.timesteps), "ranges": ranges}
     found |= {} if options.device == device.CPU else {"device": options.device}
     if options.calibration is not None:
         return found | calibration_file.stated(options.calibration)
@@ -167,6 +169,11 @@ def _calibration(denoiser: Denoiser, planned: Program, options: Options, passes:
     sampled = {"scheduler": denoiser.scheduler.solver, "guidance": guidance}
     conditions = {} if options.conditions is None else {"conditions": sha256(options.conditions)}
     return found | calibrate | sampled | conditions
+
+
+def _decimal(value: float) -> float:
+    """The number of the fewest digits that is this one in float32."""
+    return float(str(np.float32(value)))
 
 
 def describe_target(target: targets.Target) -> dict[str, Any]:

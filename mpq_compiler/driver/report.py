@@ -123,7 +123,7 @@ def report(
             "bytes": sum(f["bytes"] for f in complete["files"].values()),
             "sha256": complete["artifact_sha256"],
         },
-        calibration=complete["calibration"],
+        calibration=dict(complete["calibration"]),
         memory=built.memory,
         target=target.name,
         recipe=str(options.recipe) if options.pipeline is None else "custom",

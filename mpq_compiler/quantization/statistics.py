@@ -112,6 +112,11 @@ class Calibration:
         """The timesteps of the recorded inputs, f32 [N]."""
         return self.inputs["timestep"].to(torch.float32)
 
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """The least and the greatest value of each float input."""
+        floats = {name: values for name, values in self.inputs.items() if values.is_floating_point()}
+        return {name: (float(values.min()), float(values.max())) for name, values in floats.items()}
+
     def select(self, count: int) -> dict[str, Tensor]:
         """Selects ``count`` inputs, spread evenly over the recording and thus over time."""
         return spread(self.inputs, count)

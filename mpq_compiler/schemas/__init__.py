@@ -1,7 +1,7 @@
 """The JSON schemas that ship with the package, and a validator for the part of JSON Schema they use.
 
 The schemas are draft 2020-12 documents that any validator reads. This one knows type, const, enum, pattern,
-minimum, minItems, items, properties, required, additionalProperties, anyOf and $ref to #/$defs, and refuses a
+minimum, maximum, minItems, items, properties, required, additionalProperties, anyOf and $ref to #/$defs, and refuses a
 schema with any other keyword, so that nothing is silently left unchecked.
 """
 
@@ -76,6 +76,10 @@ def _minimum(value: Any, least: float, rule: Any, root: Any, where: str) -> str 
     return f"{_at(where)} must be at least {least}" if _is(value, "number") and value < least else None
 
 
+def _maximum(value: float, most: float, rule: object, root: object, where: str) -> str | None:
+    return f"{_at(where)} must be at most {most}" if _is(value, "number") and value > most else None
+
+
 def _min_items(value: Any, least: int, rule: Any, root: Any, where: str) -> str | None:
     short = isinstance(value, list) and len(value) < least
     return f"{_at(where)} must have at least {least} items" if short else None
@@ -131,6 +135,7 @@ _KEYWORDS: dict[str, Callable[[Any, Any, Any, Any, str], str | None]] = {
     "enum": _enum,
     "pattern": _pattern,
     "minimum": _minimum,
+    "maximum": _maximum,
     "minItems": _min_items,
     "items": _items,
     "properties": _properties,

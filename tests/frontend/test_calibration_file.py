@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -312,6 +313,11 @@ def test_timesteps_of_a_scheduler_that_another_stands_in_for(tmp_path: Path) -> 
     artifact = compiled_denoiser.load(tmp_path / "out.mpq")
     (spec,) = (s for s in artifact.manifest["functions"][0]["inputs"] if s["name"] == "timestep")
     assert spec["dtype"] == "float32"
+    kept, _ = calibration_file.split(made)
+    stated = artifact.manifest["calibration"]["ranges"]
+    assert {n: (np.float32(x["low"]), np.float32(x["high"])) for n, x in stated.items()} == {
+        n: (x.min(), x.max()) for n, x in kept.items()
+    }
     x = {name: value.numpy() for name, value in made.items()}
     assert not (artifact.run(x) == artifact.run(x | {"timestep": x["timestep"].round()})).all()
     painter = evaluation_painter.from_artifact(tmp_path / "out.mpq")

@@ -12,7 +12,7 @@ SCHEMA = {
         "version": {"const": 1},
         "kind": {"enum": ["a", "b"]},
         "name": {"type": "string", "pattern": "^[a-z]+$"},
-        "count": {"type": ["integer", "null"], "minimum": 0},
+        "count": {"type": ["integer", "null"], "minimum": 0, "maximum": 9},
         "rows": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/row"}},
         "tags": {"type": "object", "additionalProperties": {"type": "number"}},
         "either": {"anyOf": [{"type": "string"}, {"type": "boolean"}]},
@@ -34,6 +34,7 @@ SCHEMA = {
         ({"version": 1, "name": "Q"}, "'name' must match ^[a-z]+$"),
         ({"version": 1, "count": True}, "'count' must be integer or null"),
         ({"version": 1, "count": -1}, "'count' must be at least 0"),
+        ({"version": 1, "count": 10}, "'count' must be at most 9"),
         ({"version": 1, "rows": []}, "'rows' must have at least 1 items"),
         ({"version": 1, "rows": [{"x": 1}, {}]}, "'rows[1]' lacks 'x'"),
         ({"version": 1, "tags": {"a": "b"}}, "'tags.a' must be number"),
@@ -47,6 +48,6 @@ def test_check_names_the_first_departure(monkeypatch, document, problem):
 
 
 def test_an_unknown_keyword_is_refused_rather_than_ignored(monkeypatch):
-    monkeypatch.setattr(schemas, "schema", lambda name: {"maximum": 3})
-    with pytest.raises(ValueError, match="'maximum' is not supported"):
+    monkeypatch.setattr(schemas, "schema", lambda name: {"maxItems": 3})
+    with pytest.raises(ValueError, match="'maxItems' is not supported"):
         schemas.check(1, "any")
