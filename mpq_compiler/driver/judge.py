@@ -23,7 +23,7 @@ from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.specialization import Specialization, size_of
-from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.runtime import compiled_denoiser, covered
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
@@ -81,9 +81,11 @@ def disagreements(
         return
     for other in others:
         called = denoiser.kinds[other.kind - 1] if other.kind else denoiser.resized(*size_of(other.program))
-        inputs = called.random_inputs(REFERENCE_LEAST)
+        drawn = {name: value.numpy() for name, value in called.random_inputs(REFERENCE_LEAST).items()}
+        arrays = covered.clipped(compiled.manifest, drawn)
+        inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
         expected = called(**inputs).numpy()
-        output = compiled.run({name: value.numpy() for name, value in inputs.items()}, kind=other.kind)
+        output = compiled.run(arrays, kind=other.kind)
         difference, error = sqnr_difference_db(expected, output, run(other.program, inputs).numpy())
         if note := disagreement(difference, error, REFERENCE_LEAST, target):
             yield f"{_called(other, denoiser)}: {note}"

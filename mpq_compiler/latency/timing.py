@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler.artifact import bundle as artifacts
-from mpq_compiler.runtime import compiled_denoiser
+from mpq_compiler.runtime import compiled_denoiser, covered
 from mpq_compiler.runtime.tvm import VirtualMachine
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import nvidia
@@ -111,7 +111,10 @@ Arrays = Mapping[str, np.ndarray]
 
 
 def random_inputs(manifest: Mapping[str, Any], batch: int) -> dict[str, np.ndarray]:
-    """Inputs of an artifact, the same at every call: normal floats, timestep 500, class 0, tokens as compiled in."""
+    """Inputs of an artifact, the same at every call: normal floats, timestep 500, class 0, tokens as compiled in.
+
+    Values beyond what the artifact was calibrated on are brought to its ends.
+    """
     generator = np.random.default_rng(0)
     found = {}
     for value in manifest["functions"][0]["inputs"]:
@@ -124,4 +127,4 @@ def random_inputs(manifest: Mapping[str, Any], batch: int) -> dict[str, np.ndarr
             found[value["name"]] = np.full(shape, dtype.kind == "b", dtype)
     for assumed in manifest.get("assumptions", ()):
         found[assumed["input"]][:, assumed["token"]] = np.asarray(assumed["values"], np.float32)
-    return found
+    return covered.clipped(manifest, found)

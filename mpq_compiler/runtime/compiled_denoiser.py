@@ -19,7 +19,7 @@ from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.artifact.manifest import Function
 from mpq_compiler.artifact.manifest import Value as InputValue
 from mpq_compiler.artifact.signature import Trust
-from mpq_compiler.runtime import forks, instances, lora, on_gpu, pretrained
+from mpq_compiler.runtime import covered, forks, instances, lora, on_gpu, pretrained
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
 from mpq_compiler.runtime.memo import REUSE_BYTES
@@ -143,8 +143,8 @@ def load(
         path: the artifact.
         threads: threads of a call, by default what the artifact was compiled with, else every core that this process
             may use, and never more than these. The number changes no bit of a result.
-        check_finite: whether NaN or infinity in an input or the output is an error, and so is an input beyond
-            `LARGEST`.
+        check_finite: whether values are looked at: NaN or infinity in an input or the output is an error, and so is an
+            input beyond `LARGEST`; what lies outside the calibrated range is counted (`CompiledDenoiser.saturated`).
         reuse_bytes: memory for results that depend on timesteps and texts alone, which are kept between calls; 0
             computes them in every call (docs/artifact.md).
         device: the GPU of an artifact for one, such as "cuda:1"; the first by default.
@@ -217,6 +217,12 @@ class CompiledDenoiser:
         self.manifest = artifact.manifest
         self.config = Config(self.manifest["model"]["config"])
         self.check_finite = check_finite
+        ranges = covered.ranges(self.manifest)
+        self._covered = {name: each.widened() for name, each in ranges.items() if not _is_mask(name)}
+        self.saturated = dict.fromkeys(self._covered, 0) if check_finite and self._covered else None
+        """How many values of each float input, over all calls, lay outside what calibration covered (`covered`), where
+        activations are cut off. None where nobody counts: the artifact does not state its ranges, or without
+        ``check_finite``. Tensors that stay on the GPU are not looked at."""
         self._kinds = _kinds(self.manifest)
         self.signature: list[str] = self.manifest["model"].get("signature", self.input_names)
         call = self.manifest["model"].get("call", {})
@@ -553,8 +559,7 @@ class CompiledDenoiser:
     def _run(self, fitted: Fitted, out: np.ndarray | None = None) -> np.ndarray:
         arrays, batch, fitting = fitted
         if self.check_finite:
-            _require_finite_inputs(arrays)
-            _require_moderate_inputs(arrays)
+            self._look(arrays)
         for name, below in self.manifest["model"].get("below", {}).items():
             _require_range(name, arrays[name], below)
         for assumed in self.manifest.get("assumptions", ()):
@@ -576,6 +581,32 @@ class CompiledDenoiser:
         if self.check_finite:
             self._require_finite(result)
         return result
+
+    def _look(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Counts what lies outside what calibration covered. UserError: a value that cannot be computed with."""
+        for name, array in arrays.items():
+            if array.dtype.kind != "f":
+                continue
+            low, high = _extremes(name, array)
+            within = self._covered.get(name)
+            if within is not None and (low < within.low or high > within.high):
+                self._saturate(name, within, array)
+
+    def _saturate(self, name: str, within: covered.Range, array: np.ndarray) -> None:
+        """Counts the values of an input that are not within, and warns of the first."""
+        assert self.saturated is not None
+        count = int(((array < within.low) | (array > within.high)).sum())
+        with self._unforked, self._lock:
+            is_first = not self.saturated[name]
+            self.saturated[name] += count
+        if is_first:
+            warnings.warn(
+                f"{count} of {array.size} values of input '{name}' lie outside the range {within.low:.4g} to "
+                f"{within.high:.4g}, which is wider than what calibration saw: activations are cut off there; check "
+                "the scale of this input, or calibrate on inputs like it",
+                Notice,
+                stacklevel=5,
+            )
 
     def _part(
         self, function: Function, arrays: Mapping[str, np.ndarray], begin: int, end: int
@@ -651,27 +682,26 @@ def _require_room(out: Any, shape: tuple[int, ...]) -> None:
         raise UserError(f"the result does not fit into `out`, {kind}: give a writeable array float32{list(shape)}")
 
 
-def _require_finite_inputs(arrays: Mapping[str, np.ndarray]) -> None:
-    # A quantizer turns NaN into a code: what goes in must be looked at, for nothing shows in what comes out.
-    for name, array in arrays.items():
-        if array.dtype.kind == "f" and not _is_finite(array):
-            bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
-            raise UserError(
-                f"input '{name}' holds NaN or infinity in sample {int(bad.argmax())}; check what made it"
-            )
+def _extremes(name: str, array: np.ndarray) -> tuple[float, float]:
+    """The least and the greatest value of an input. UserError: one is NaN, infinite, or beyond `LARGEST`."""
+    # Quantizers turn NaN into a code, and cut off what is beyond their range: nothing shows in what comes out.
+    with np.errstate(invalid="ignore"):
+        low, high = float(array.min()), float(array.max())  # NaN where a value is
+    if not np.isfinite((low, high)).all():
+        bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+        raise UserError(f"input '{name}' holds NaN or infinity in sample {int(bad.argmax())}; check what made it")
+    if max(high, -low) > LARGEST and not _is_mask(name):
+        at = np.unravel_index(int(np.abs(array).argmax()), array.shape)
+        raise UserError(
+            f"input '{name}' holds {array[at]:.3g} in sample {at[0]}, and at most {LARGEST:.0e} can be computed "
+            "with: squares of more overflow; check what made it"
+        )
+    return low, high
 
 
-def _require_moderate_inputs(arrays: Mapping[str, np.ndarray]) -> None:
-    # Quantizers of activations cut off what is beyond their range: the output would be finite, and look like one.
-    for name, array in arrays.items():
-        if array.dtype.kind != "f" or "mask" in name:  # the least value of a mask stands for minus infinity
-            continue
-        if max(float(array.max()), -float(array.min())) > LARGEST:
-            at = np.unravel_index(int(np.abs(array).argmax()), array.shape)
-            raise UserError(
-                f"input '{name}' holds {array[at]:.3g} in sample {at[0]}, and at most {LARGEST:.0e} can be computed "
-                "with: squares of more overflow; check what made it"
-            )
+def _is_mask(name: str) -> bool:
+    # The least value of a mask stands for minus infinity.
+    return "mask" in name
 
 
 def _require_range(name: str, array: np.ndarray, below: int) -> None:

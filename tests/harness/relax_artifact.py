@@ -35,8 +35,10 @@ def expected(sample: np.ndarray, timestep: Any, class_labels: np.ndarray) -> np.
     return sample * weight + shift.astype(np.float32)
 
 
-def build(path: Path, target: str = "native", tensors: Mapping[str, np.ndarray] = TENSORS) -> dict[str, Any]:
-    """Compiles the artifact to `path` and returns its manifest."""
+def build(
+    path: Path, target: str = "native", tensors: Mapping[str, np.ndarray] = TENSORS, **further: object
+) -> dict[str, Any]:
+    """Compiles the artifact to `path` and returns its manifest, which has further entries where they are given."""
     resolved = resolve(target)
     sizes = [("denoise_b1", 1, 3), ("denoise_b2", 2, 3), ("denoise_b2_tall", 2, 5)]
     manifest = {
@@ -70,6 +72,7 @@ def build(path: Path, target: str = "native", tensors: Mapping[str, np.ndarray] 
         "prepare": {"name": "prepare", "tensors": list(tensors)},
         "tensors": [{"name": name} for name in tensors],
         "versions": {"apache-tvm": version("apache-tvm")},
+        **further,
     }
 
     def kernels(path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import venv
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.runtime import compiled_denoiser, tvm
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import Notice, UserError
 from mpq_compiler.targets import table as targets
 
 pytest.importorskip("tvm")
@@ -258,6 +259,30 @@ def test_an_input_whose_squares_overflow_is_an_error(denoiser, path, value):
     assert np.isfinite(compiled_denoiser.load(path, check_finite=False).run(given)).all()
     given["sample"][1, 0, 3] = np.sign(value) * 9e17
     assert np.isfinite(denoiser.run(given)).all()
+
+
+def test_values_outside_what_was_calibrated_are_counted(denoiser, path, tmp_path):
+    torch = pytest.importorskip("torch")
+    calibrated = {"ranges": {"sample": {"low": -8.0, "high": 7.9}}}  # 16 below to 15.85, with half of it more
+    relax_artifact.build(tmp_path / "calibrated.mpq", calibration=calibrated)
+    counting, given = compiled_denoiser.load(tmp_path / "calibrated.mpq"), inputs(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        counting.run(given)
+        given["sample"][2, :, 1] = 15.75
+        counting(**given)
+        assert counting.saturated == {"sample": 0}
+    given["sample"][2, :, 1] = 15.875
+    given["sample"][0, 0, 0] = -16
+    with pytest.warns(Notice, match="^4 of 144 values of input 'sample' lie outside the range -15.95 to 15.85") as said:
+        np.testing.assert_array_equal(counting.run(given), expected(**given))
+        counting(torch.from_numpy(given["sample"]), given["timestep"], given["class_labels"])
+    assert len(said) == 1 and said[0].filename == __file__
+    assert counting.saturated == {"sample": 8}
+    blind = compiled_denoiser.load(tmp_path / "calibrated.mpq", check_finite=False)
+    blind.run(given)
+    denoiser.run(given)
+    assert blind.saturated is denoiser.saturated is None  # nobody looked; the artifact does not state its ranges
 
 
 def test_a_machine_without_the_features_is_refused_before_anything_is_loaded(path, monkeypatch):
