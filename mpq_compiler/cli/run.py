@@ -33,7 +33,8 @@ def run(args: argparse.Namespace) -> Any:
     output = Path(args.output)
     require_new(output, args.overwrite)
     inputs = tensorfile.load(args.input)
-    result = compiled_denoiser.load(args.artifact, args.threads, key=args.key).run(inputs)
+    compiled = compiled_denoiser.load(args.artifact, args.threads, key=args.key)
+    result = compiled.run(inputs)
     write_whole(output, lambda stream: tensorfile.save(stream, {"output": result}))
     terminal.say(f"wrote {output}: f32{list(result.shape)}")
-    return {"output": str(output), "shape": list(result.shape)}
+    return {"output": str(output), "shape": list(result.shape), "saturated": compiled.saturated}

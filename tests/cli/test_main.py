@@ -213,7 +213,7 @@ def test_timing_kernels_changes_no_result(artifact: Path) -> None:
     assert np.array_equal(compiled.run(inputs), before)
 
 
-def test_verify_and_run(folder: Path, artifact: Path) -> None:
+def test_verify_and_run(folder: Path, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mpq_compiler.runtime import compiled_denoiser
     from mpq_compiler.support import tensorfile
 
@@ -230,6 +230,16 @@ def test_verify_and_run(folder: Path, artifact: Path) -> None:
     result = command(folder, "run", artifact, "--input", folder / "in.safetensors", "--output", output)
     assert result["shape"] == [3, 4, 8, 8]
     assert np.array_equal(tensorfile.load(output)["output"], mpq_compiler.load(artifact).run(inputs))
+    assert result["saturated"]["sample"] == 0 and "lie outside" not in capsys.readouterr().err
+    with (folder / "loud.safetensors").open("wb") as stream:
+        tensorfile.save(stream, inputs | {"sample": 100 * inputs["sample"]})
+    loud = command(
+        folder, "run", artifact, "--input", folder / "loud.safetensors", "--output", folder / "loud.output"
+    )
+    count = loud["saturated"]["sample"]
+    assert count > inputs["sample"].size / 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"note: {count} of {inputs['sample'].size} values of input 'sample' lie outside the range " in told
 
 
 def test_measure_once_allocate_often(folder: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
