@@ -14,7 +14,9 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+from benchmarks import documents
 from mpq_compiler.support import host
 from tests.fuzz import attacks, campaign, kills, soak
 from tests.fuzz.attacks import ATTACKS
@@ -49,7 +51,8 @@ def main() -> int:
                 break
         figures: dict[str, object] = {name: _figures(outcome) for name, outcome in found.items()}
         bad = sum(len(outcome.bad) for outcome in found.values())
-        document = {"cpu": host.cpu(), "command": "python -m tests.fuzz " + " ".join(sys.argv[1:]), "attacks": figures}
+        command = "python -m tests.fuzz " + " ".join(sys.argv[1:])
+        document: dict[str, Any] = {"cpu": host.cpu(), "command": command, "attacks": figures}
         if args.soak:
             attacks.artifact(Path(scratch))
             wrong, memory = soak.soak(Path(scratch, "a.mpq"), args.soak)
@@ -61,7 +64,34 @@ def main() -> int:
             print("kills of compilations:", document["kills"], flush=True)
     if args.write:
         RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+        documents.insert(ROOT / "docs" / "trust.md", "trust", table(document))
     return 1 if bad else 0
+
+
+def table(document: dict[str, Any]) -> str:
+    """The figures of docs/trust.md."""
+    kinds = ("refused", "right", "taken", *campaign.BAD)
+    rows = [(name, own["mutants"], *(own.get(kind, 0) for kind in kinds)) for name, own in document["attacks"].items()]
+    rows.append(("all", *(sum(row[i] for row in rows) for i in range(1, len(kinds) + 2))))
+    head = ("attack", "mutants", "refused", "right", "accepted", *campaign.BAD)
+    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
+    for row in rows:
+        lines.append("| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in row) + " |")
+    said = [f"`{document['command']}`, {document['cpu']}."]
+    if soak_ := document.get("soak"):
+        grown = (soak_["bytes"][-1] - soak_["bytes"][1]) / 2**20
+        said.append(
+            f"{soak_['calls']:,} calls of one artifact from four threads: {soak_['wrong']} had other bits; memory at the "
+            f"end {grown:+.1f} MiB from what it was after a tenth."
+        )
+    if killed := document.get("kills"):
+        by = ", ".join(f"{killed[name]} {name}" for name in ("SIGKILL", "SIGTERM", "SIGINT") if name in killed)
+        said.append(
+            f"{killed['killed']} kills of compilations, two at a time on one cache ({by}): every artifact was whole, and "
+            f"{killed.get('compiled with what was left', 0)} compilations with what the killed ones had left gave the "
+            "bytes of a fresh one."
+        )
+    return "\n".join(["", *lines, "", *said, ""])
 
 
 def _add(all_: campaign.Outcome, more: campaign.Outcome) -> None:
