@@ -161,7 +161,7 @@ class Calibration(TypedDict):
     seed: int
     inputs: int
     ranges: NotRequired[dict[str, Ends]]
-    """Of the float inputs, by name."""
+    """Ranges of the float inputs, by name."""
 
 
 class Weights(TypedDict):

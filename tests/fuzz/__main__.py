@@ -81,14 +81,14 @@ def table(document: dict[str, Any]) -> str:
     if soak_ := document.get("soak"):
         grown = (soak_["bytes"][-1] - soak_["bytes"][1]) / 2**20
         said.append(
-            f"{soak_['calls']:,} calls of one artifact from four threads: {soak_['wrong']} had other bits; memory at the "
-            f"end {grown:+.1f} MiB from what it was after a tenth."
+            f"{soak_['calls']:,} calls of one artifact from four threads: {soak_['wrong']} had other bits; memory "
+            f"at the end {grown:+.1f} MiB from what it was after a tenth."
         )
     if killed := document.get("kills"):
         by = ", ".join(f"{killed[name]} {name}" for name in ("SIGKILL", "SIGTERM", "SIGINT") if name in killed)
         said.append(
-            f"{killed['killed']} kills of compilations, two at a time on one cache ({by}): every artifact was whole, and "
-            f"{killed.get('compiled with what was left', 0)} compilations with what the killed ones had left gave the "
+            f"{killed['killed']} kills of compilations, two at a time on one cache ({by}): every artifact was whole, "
+            f"and {killed.get('compiled with what was left', 0)} compilations with what the killed ones had left gave the "
             "bytes of a fresh one."
         )
     return "\n".join(["", *lines, "", *said, ""])
