@@ -88,8 +88,8 @@ def table(document: dict[str, Any]) -> str:
         by = ", ".join(f"{killed[name]} {name}" for name in ("SIGKILL", "SIGTERM", "SIGINT") if name in killed)
         said.append(
             f"{killed['killed']} kills of compilations, two at a time on one cache ({by}): every artifact was whole, "
-            f"and {killed.get('compiled with what was left', 0)} compilations with what the killed ones had left gave the "
-            "bytes of a fresh one."
+            f"and {killed.get('compiled with what was left', 0)} compilations with what the killed ones had left gave "
+            "the bytes of a fresh one."
         )
     return "\n".join(["", *lines, "", *said, ""])
 
