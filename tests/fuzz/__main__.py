@@ -2,7 +2,8 @@
 
     python -m tests.fuzz --minutes 60                   # all attacks, turn by turn
     python -m tests.fuzz --attack "dumps" --first 7 --mutants 1    # one mutant again
-    python -m tests.fuzz --mutants 2000 --kills 200 --soak 100000 --write    # the figures of docs/trust.md
+    python -m tests.fuzz --mutants 2000 --soak 100000 --write      # figures of docs/trust.md
+    python -m tests.fuzz --mutants 0 --kills 200 --write            # the others
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,55 +31,65 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--attack", nargs="*", choices=ATTACKS, default=[*ATTACKS], help="those alone")
-    parser.add_argument("--minutes", type=float, help="how long; without it each attack has --mutants")
-    parser.add_argument("--mutants", type=int, default=100, help="of each attack (100)")
+    parser.add_argument("--minutes", type=float, help="how long at most; without --mutants all of it")
+    parser.add_argument("--mutants", type=int, help="of each attack (100, again and again with --minutes)")
     parser.add_argument("--first", type=int, default=0, help="seed of the first mutant (0)")
     parser.add_argument("--kills", type=int, default=0, help="of compilations, afterwards (0)")
     parser.add_argument("--soak", type=int, default=0, help="calls from four threads, afterwards (0)")
     parser.add_argument("--write", action="store_true", help=f"figures to {RESULTS.relative_to(ROOT)}")
     args = parser.parse_args()
-    found = {name: campaign.Outcome() for name in args.attack}
     until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    document: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    about = {"cpu": host.cpu(), "command": "python -m tests.fuzz " + " ".join(sys.argv[1:])}
+    bad = 0
     with tempfile.TemporaryDirectory(prefix="fuzz-") as scratch:
-        first = args.first
-        while True:
-            for name in args.attack:
-                count = max(1, round(args.mutants * ATTACKS[name].share))
-                own = campaign.run(name, range(first, first + count), Path(scratch), until)
-                _add(found[name], own)
-                _say(name, found[name])
-            first += args.mutants
-            if until is None or time.monotonic() > until:
-                break
-        figures: dict[str, object] = {name: _figures(outcome) for name, outcome in found.items()}
-        bad = sum(len(outcome.bad) for outcome in found.values())
-        command = "python -m tests.fuzz " + " ".join(sys.argv[1:])
-        document: dict[str, Any] = {"cpu": host.cpu(), "command": command, "attacks": figures}
+        if args.mutants != 0:
+            found = attack(args.attack, args.first, args.mutants, until, Path(scratch))
+            document["attacks"] = about | {"of": {name: _figures(outcome) for name, outcome in found.items()}}
+            bad += sum(len(outcome.bad) for outcome in found.values())
         if args.soak:
             attacks.artifact(Path(scratch))
             wrong, memory = soak.soak(Path(scratch, "a.mpq"), args.soak)
-            document["soak"] = {"calls": args.soak, "threads": 4, "wrong": wrong, "bytes": memory}
+            document["soak"] = about | {"calls": args.soak, "threads": 4, "wrong": wrong, "bytes": memory}
             print(f"{args.soak} calls from four threads: {wrong} wrong, memory {memory} bytes", flush=True)
             bad += wrong
         if args.kills:
-            document["kills"] = dict(kills.campaign(Path(scratch, "kills"), args.kills, args.first))
-            print("kills of compilations:", document["kills"], flush=True)
+            killed = kills.campaign(Path(scratch, "kills"), args.kills, args.first, until=until)
+            document["kills"] = about | dict(killed)
+            print("kills of compilations:", dict(killed), flush=True)
     if args.write:
         RESULTS.write_text(json.dumps(document, indent=1) + "\n")
         documents.insert(ROOT / "docs" / "trust.md", "trust", table(document))
     return 1 if bad else 0
 
 
+def attack(
+    names: Sequence[str], first: int, mutants: int | None, until: float | None, folder: Path
+) -> dict[str, campaign.Outcome]:
+    """Tries mutants of attacks, turn by turn: as many of each, or until the time is over."""
+    found = {name: campaign.Outcome() for name in names}
+    each = mutants or 100
+    while True:
+        for name in names:
+            count = max(1, round(each * ATTACKS[name].share))
+            _add(found[name], campaign.run(name, range(first, first + count), folder, until))
+            _say(name, found[name])
+        first += each
+        if mutants is not None or until is None or time.monotonic() > until:
+            return found
+
+
 def table(document: dict[str, Any]) -> str:
     """The figures of docs/trust.md."""
     kinds = ("refused", "right", "taken", *campaign.BAD)
-    rows = [(name, own["mutants"], *(own.get(kind, 0) for kind in kinds)) for name, own in document["attacks"].items()]
+    of = document["attacks"]["of"]
+    rows = [(name, own["mutants"], *(own.get(kind, 0) for kind in kinds)) for name, own in of.items()]
     rows.append(("all", *(sum(row[i] for row in rows) for i in range(1, len(kinds) + 2))))
     head = ("attack", "mutants", "refused", "right", "accepted", *campaign.BAD)
     lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
     for row in rows:
         lines.append("| " + " | ".join(f"{cell:,}" if isinstance(cell, int) else cell for cell in row) + " |")
-    said = [f"`{document['command']}`, {document['cpu']}."]
+    said = [f"`{document['attacks']['command']}`, {document['attacks']['cpu']}."]
     if soak_ := document.get("soak"):
         grown = (soak_["bytes"][-1] - soak_["bytes"][1]) / 2**20
         said.append(

@@ -48,7 +48,9 @@ def files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in bundle.read(path).folder.iterdir()}
 
 
-def campaign(folder: Path, kills: int, seed: int = 0, together: int = 2) -> Counter[str]:
+def campaign(
+    folder: Path, kills: int, seed: int = 0, together: int = 2, until: float | None = None
+) -> Counter[str]:
     """Kills compilations; returns how often what was seen. AssertionError: something was lost, or is wrong.
 
     Args:
@@ -56,6 +58,7 @@ def campaign(folder: Path, kills: int, seed: int = 0, together: int = 2) -> Coun
         kills: how many signals are delivered.
         seed: of their moments.
         together: how many compilations share the cache at a time.
+        until: `time.monotonic` after which no further one begins.
     """
     from tests.harness import tiny
 
@@ -69,9 +72,9 @@ def campaign(folder: Path, kills: int, seed: int = 0, together: int = 2) -> Coun
     whole = (time.monotonic() - begin) / together  # seconds of one
     right = files(places[0])
     assert all(files(place) == right for place in places)
-    while seen["killed"] < kills:
+    while seen["killed"] < kills and (until is None or time.monotonic() < until):
         running = [start(model, place, cache) for place in places]
-        begin, waits = time.monotonic(), sorted(chance.random() * whole * together for _ in places)
+        begin, waits = time.monotonic(), sorted(chance.random() * whole for _ in places)
         for process, wait in zip(running, waits, strict=True):
             time.sleep(max(0.0, begin + wait - time.monotonic()))
             number = chance.choice(SIGNALS)

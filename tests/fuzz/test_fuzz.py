@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz import attacks, campaign, soak
 from tests.fuzz.attacks import ATTACKS
 
-MUTANTS = 60
+MUTANTS = 40
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def test_goes_on_after_a_kill(data, tmp_path, monkeypatch, stage):
     updates = killed_at(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         train(start(), stage, *data, session(tmp_path / "b"), 0)
-    assert [f.suffix for f in (tmp_path / "b" / "training").iterdir()] == [".safetensors"]
+    assert len([*(tmp_path / "b" / "training").iterdir()]) == 1
     resumed, again = train(start(), stage, *data, session(tmp_path / "b"), 0)
     assert again == outcome and same(whole, resumed)
     third, _ = train(start(), stage, *data, session(tmp_path / "b"), 0)

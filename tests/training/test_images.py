@@ -77,7 +77,7 @@ def test_no_number_of_jobs_and_no_kill_changes_a_bit(tmp_path, monkeypatch):
     killed_at(4, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         trainer.train_images(start(), STAGE, *drawn(session(tmp_path)), session(tmp_path / "b"))
-    assert [f.suffix for f in (tmp_path / "b" / "training").iterdir()] == [".safetensors"]
+    assert len([*(tmp_path / "b" / "training").iterdir()]) == 1
     resumed, again = trainer.train_images(start(), STAGE, *drawn(session(tmp_path)), session(tmp_path / "b"))
     assert again == outcome and same(whole, resumed)
     other = replace(session(tmp_path / "b"), seed=1)

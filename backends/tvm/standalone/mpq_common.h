@@ -189,6 +189,25 @@ static int64_t odd_values(const mpq_tensor *about, const void *data, int64_t *fi
     return found;
 }
 
+/* Whether squares of the values do not overflow (LARGEST); the least value of a mask stands for minus infinity. */
+static bool is_moderate(const mpq_tensor *about, const void *data) {
+    if (strcmp(about->dtype, "F32") || strstr(about->name, "mask")) return true;
+    int64_t count = (int64_t)(about->bytes / sizeof(float)), largest = 0;
+    float most = 0;
+    for (int64_t i = 0; i < count; i++) {
+        float value;
+        memcpy(&value, (const char *)data + i * (int64_t)sizeof value, sizeof value);
+        float size = value < 0 ? -value : value;
+        if (size > most) most = size, largest = i;
+    }
+    if (most <= 1e18f) return true;
+    float value;
+    memcpy(&value, (const char *)data + largest * (int64_t)sizeof value, sizeof value);
+    return fail("input '%s' holds %.3g in sample %lld, and at most 1e+18 can be computed with: squares of more overflow; "
+                "check what made it",
+                about->name, (double)value, (long long)(largest / (count / about->shape[0])));
+}
+
 static bool in_range(const mpq_tensor *about, const void *data) {
     int64_t batch = about->ndim ? about->shape[0] : 1, count = 1;
     for (int i = 0; i < about->ndim; i++) count *= about->shape[i];
@@ -232,6 +251,7 @@ static bool takes(const mpq_build *build, const mpq_function *own, const void *c
         if (odd_values(about, inputs[i], &first, &count))
             return fail("input '%s' holds NaN or infinity in sample %lld; check what made it", about->name,
                         (long long)(first / (count / about->shape[0])));
+        if (!is_moderate(about, inputs[i])) return false;
         if (about->below && !in_range(about, inputs[i])) return false;
         for (int k = 0; k < build->token_count; k++) {
             const mpq_token *token = &build->tokens[k];
