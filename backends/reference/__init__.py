@@ -20,6 +20,7 @@ from mpq_compiler.ir import ops, stored_tensors
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import InputSpec, Program, Stage, TensorStore
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import decode_json
 
 GRAPH = "graph.json"
 _VERSION = 2
@@ -82,7 +83,7 @@ def _document(program: Program) -> dict[str, Any]:
 def loads(text: str, tensors: dict[str, torch.Tensor]) -> dict[str, Program]:
     """Decodes the programs that `dumps` encoded, over the given tensors. UserError: the text holds no such graphs."""
     try:
-        document = json.loads(text)
+        document = decode_json(text)
         if document["version"] != _VERSION:
             raise ValueError(f"version {document['version']}")
         store = TensorStore(tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from mpq_compiler import schemas
 from mpq_compiler.support.errors import BudgetError, UserError, nearest
+from mpq_compiler.support.files import decode_json
 
 GAP = 1e-6
 """The relative gap at which a solution counts as optimal."""
@@ -77,10 +77,10 @@ class Problem:
     def load(cls, path: str | Path) -> Problem:
         """Reads the problem in a JSON file. UserError: it cannot be read, or a key is wrong."""
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
+            value = decode_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot read '{path}': {error.strerror}") from error
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        except ValueError as error:
             raise UserError(f"'{path}' is not valid JSON: {error}") from error
         try:
             return _parse(value)

@@ -18,7 +18,6 @@ and the widths of its operands and probabilities.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from typing import TypeVar
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.findings import CostTable, FormatCosts, LayerCosts, LossTable, SensitivityTable
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import decode_json
 
 VERSION = 1
 """The version of the table's format."""
@@ -48,7 +48,7 @@ Table = TypeVar("Table", bound=CostTable)
 def is_table(path: str | Path) -> bool:
     """Whether the file is a sensitivity table rather than an allocation problem."""
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
+        document = decode_json(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # whoever reads it as a problem says what is wrong
     return isinstance(document, dict) and "weights" in document and "layers" in document
@@ -63,7 +63,7 @@ def load(path: str | Path) -> SensitivityTable:
     from mpq_compiler import schemas
 
     try:
-        table: SensitivityTable = json.loads(Path(path).read_text(encoding="utf-8"))
+        table: SensitivityTable = decode_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"the sensitivity table '{path}' cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -5,11 +5,11 @@ A canonical form is written in Python, a thousand times as slow as parsing: noth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
 from mpq_compiler import schemas
+from mpq_compiler.support.files import decode_json
 
 MOST_BYTES = 16 << 20
 MOST_VALUES = 1 << 20
@@ -34,8 +34,8 @@ def parse(text: bytes) -> dict[str, Any]:
     if sum(text.count(mark) for mark in (b",", b"[", b"{")) > MOST_VALUES:
         raise Unsound("holds more values than any does")
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = decode_json(text)
+    except ValueError as error:
         raise Unsound("is not JSON (truncated or altered)") from error
     if not isinstance(document, dict):
         raise Unsound("is no object")

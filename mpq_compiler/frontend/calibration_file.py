@@ -8,7 +8,6 @@ many time steps as possible. Its metadata say how they were sampled, as far as t
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from mpq_compiler.sampling.conditioning import TEXT
 from mpq_compiler.sampling.schedulers import FlowMatchEuler
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError, nearest
-from mpq_compiler.support.files import sha256
+from mpq_compiler.support.files import decode_json, sha256
 
 HELD_OUT_EVERY = 4
 """One latent in so many is held out from calibration, to judge the compiled program by."""
@@ -151,7 +150,7 @@ def notes(
     ]
     if scheduler is not None and "scheduler" in stated:
         try:
-            theirs = schedulers.from_config(json.loads(stated["scheduler"]))[0].to_config()
+            theirs = schedulers.from_config(decode_json(stated["scheduler"]))[0].to_config()
         except (ValueError, UserError):
             theirs = {"_class_name": "scheduler that is not known here"}
         ours = denoiser.scheduler.to_config()

@@ -21,6 +21,7 @@ from mpq_compiler.sampling import call_tree
 from mpq_compiler.sampling.call_tree import TIME, Arguments, CallForm
 from mpq_compiler.support import files, tensorfile
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import decode_json
 
 CONSTANT = "constant:"
 """The prefix of the names of tensors that are the same in every call."""
@@ -56,7 +57,7 @@ def read(path: str | Path, latent: str | None = None, time: str | None = None) -
         UserError: the file is damaged, or the calls have no such latents or time.
     """
     try:
-        stated = json.loads(tensorfile.metadata(path)[FORM])
+        stated = decode_json(tensorfile.metadata(path)[FORM])
         forms = [CallForm.from_json(form) for form in (stated if isinstance(stated, list) else [stated])]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"'{path}' holds calls in a form that is not known here: record them again") from error

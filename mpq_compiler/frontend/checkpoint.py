@@ -5,7 +5,6 @@ Only safetensors are read. Pickled checkpoints (.bin, .pt, .ckpt) can run code w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_compiler.frontend import custom_code, hub
 from mpq_compiler.support.errors import UserError, named, nearest
+from mpq_compiler.support.files import decode_json
 
 if TYPE_CHECKING:  # finding models needs no torch; only their weights do
     import torch
@@ -147,10 +147,10 @@ def _lacking(folder: Path, tried: Collection[str]) -> list[str]:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads the JSON object in `path`. UserError: there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = decode_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ValueError as error:
         raise UserError(f"'{path}' is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"'{path}' must hold a JSON object, and holds a {type(value).__name__}")

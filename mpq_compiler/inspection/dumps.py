@@ -25,7 +25,6 @@ readers of each edge, the calls on quantized operands, and the nodes from which 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
@@ -44,6 +43,7 @@ from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.program import Program, Stage
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import decode_json
 
 VALUES, OUTPUT_VALUES = 64, 4096
 """The most sampled values of a node, and of the output."""
@@ -162,7 +162,7 @@ def _read(folder: Path, stem: str, index: int, name: str) -> Dump:
         return {k.removeprefix(prefix): np.asarray(v) for k, v in tensors.items() if k.startswith(prefix)}
 
     try:
-        about = json.loads(tensorfile.metadata(file).get("mpq", ""))
+        about = decode_json(tensorfile.metadata(file).get("mpq", ""))
         local, values = part("local:"), part("value:")
         return Dump(
             index,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.support import terminal
 from mpq_compiler.support.decibels import decibels
 from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.files import decode_json
 
 if TYPE_CHECKING:
     from mpq_compiler.allocation.problem import Solution
@@ -36,7 +36,7 @@ def load(path: Path) -> Document:
         opened = bundle.read(path)
     file = opened.file(bundle.DECISIONS) if opened else path / bundle.DECISIONS
     try:
-        found: Document = json.loads(file.read_text(encoding="utf-8"))
+        found: Document = decode_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"'{path}' holds no readable {bundle.DECISIONS}; compile it again") from error
     if wrong := schemas.check(found, "decisions"):

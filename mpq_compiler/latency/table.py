@@ -24,6 +24,7 @@ from typing import Any
 
 from mpq_compiler import schemas
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import decode_json
 
 VERSION = 1
 """The version of the table's format."""
@@ -101,7 +102,7 @@ class Table:
 def load(path: str | Path) -> Table:
     """Reads a table from a file. UserError: it is unreadable, or no latency table."""
     try:
-        return Table.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+        return Table.from_json(decode_json(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"the latency table '{path}' cannot be read: {error.strerror}") from error
     except ValueError as error:

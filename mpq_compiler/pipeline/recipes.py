@@ -100,7 +100,7 @@ def from_pipeline(text: str) -> Recipe:
 def _parse(name: str, text: str, where: str, extending: tuple[str, ...]) -> Recipe:
     try:
         data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{where} is not valid TOML: {error}") from error
     if unknown := sorted(set(data) - _KEYS):
         raise UserError(f"{where} has an unknown key '{unknown[0]}': {nearest(unknown[0], _KEYS)}")

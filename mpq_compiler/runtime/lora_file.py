@@ -9,7 +9,6 @@ Kohya's scripts train SDXL in Stable Diffusion's original code, whose names are 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ import numpy as np
 
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.files import decode_json
 
 METADATA = "lora_adapter_metadata"
 """The key of diffusers' adapter settings in the metadata of a file."""
@@ -205,13 +205,13 @@ def _settings(path: str | os.PathLike[str], names: Iterable[str]) -> _Settings:
     settings: _Settings = {}
     try:
         if (text := tensorfile.metadata(path).get(METADATA)) is not None:
-            given = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in json.loads(text).items()}
+            given = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in decode_json(text).items()}
             settings = cast(_Settings, given)
         elif any(name.startswith(_WRAPPED) for name in names):
             beside = Path(path).with_name(ADAPTER)
             if not beside.is_file():
                 raise UserError(f"{path} is of PEFT, which keeps its scale in {ADAPTER}: put that file beside it")
-            settings = json.loads(beside.read_text(encoding="utf-8"))
+            settings = decode_json(beside.read_text(encoding="utf-8"))
     except (ValueError, AttributeError) as error:
         raise UserError(f"the settings of {path} are damaged ({error}); get the file again") from error
     if settings.get("use_dora"):

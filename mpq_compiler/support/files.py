@@ -210,6 +210,14 @@ def encode_json(document: Any, indent: int | None = 1) -> bytes:
     return (json.dumps(document, indent=indent, separators=separators, allow_nan=False) + "\n").encode()
 
 
+def decode_json(text: str | bytes) -> Any:
+    """The document that a text is. ValueError: it is none, or nested so deeply that nobody has written it."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested deeper than any is") from error
+
+
 def sync(stream: IO[bytes]) -> None:
     """Flushes a file to the disk itself, so that a rename after it never exposes an empty file."""
     stream.flush()

@@ -26,7 +26,7 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
-from tests.fuzz.damage import changed, damaged, words
+from tests.fuzz.damage import changed, damaged, text_of, words
 from tests.harness import mutants, relax_artifact
 
 PIPELINE = (
@@ -203,7 +203,7 @@ def problem(folder: Path) -> None:
 
 def allocation(base: Path, scratch: Path, chance: random.Random) -> str:
     text = (base / "problem.json").read_bytes()
-    mutant = json.dumps(changed(json.loads(text), chance)).encode() if chance.random() < 0.8 else damaged(text, chance)
+    mutant = text_of(json.loads(text), chance) if chance.random() < 0.8 else damaged(text, chance)
     (scratch / "problem.json").write_bytes(mutant)
     return said("allocate", scratch / "problem.json", "--time-limit", "2")
 
@@ -265,7 +265,7 @@ def _mutant_of(file: Path, chance: random.Random) -> bytes:
     """By what the file is."""
     content = file.read_bytes()
     if file.suffix == ".json" and chance.random() < 0.8:
-        return json.dumps(changed(json.loads(content), chance)).encode()
+        return text_of(json.loads(content), chance)
     if file.suffix == ".safetensors" and chance.random() < 0.8:
         ((_, mutant),) = mutants.mutants(chance.randrange(2**32), 1, content)
         return mutant

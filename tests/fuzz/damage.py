@@ -44,6 +44,15 @@ def words(content: bytes, chance: random.Random) -> bytes:
     return text.encode()
 
 
+def text_of(document: Json, chance: random.Random) -> bytes:
+    """JSON of the document with values changed, now and then nested as deeply as nobody writes it."""
+    text = json.dumps(changed(document, chance))
+    if chance.random() < 0.03:
+        deep = chance.choice(['{"a":', "["]) * 100_000
+        text = chance.choice([deep, text[:-1] + ',"x":' + deep, text.replace(": ", ": " + deep, 1)])
+    return text.encode()
+
+
 def changed(document: Json, chance: random.Random) -> Json:
     """The document with one to three values changed, removed, doubled, exchanged or nested."""
     copy: Json = json.loads(json.dumps(document))
