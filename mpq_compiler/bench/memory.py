@@ -15,6 +15,7 @@ from mpq_compiler.bench.subject import Subject
 from mpq_compiler.latency.timing import random_inputs
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import terminal
+from mpq_compiler.support.execution import child_environment
 
 
 def peak_memory(
@@ -22,8 +23,6 @@ def peak_memory(
 ) -> dict[str, int | None]:
     """Peak resident bytes of a process of its own that loads each and calls it once; ``key`` is that of `load`."""
     found: dict[str, int | None] = {}
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     for entry in entries:
         if not entry.loader:
             continue
@@ -31,7 +30,7 @@ def peak_memory(
         asked = {"loader": entry.loader, "reference": entries[0].loader[1], "batch": batch, "threads": threads}
         request = json.dumps(asked | {"key": None if key is None else os.fspath(key)})
         command = [sys.executable, "-P", "-c", code, request]  # -P: no modules of the folder that the user is in
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
         found[entry.name] = int(done.stdout.split()[-1]) if done.returncode == 0 else None
         if done.returncode:
             last = (done.stderr.strip().splitlines() or ["no word"])[-1]

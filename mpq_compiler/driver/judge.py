@@ -27,7 +27,7 @@ from mpq_compiler.runtime import compiled_denoiser, covered
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.execution import RunContext
+from mpq_compiler.support.execution import RunContext, child_environment
 from mpq_compiler.support.execution import batches as in_batches
 from mpq_compiler.targets import table as targets
 
@@ -194,7 +194,8 @@ class Judge:
             with given.open("wb") as stream:
                 tensorfile.save(stream, self.given)
             command = [sys.executable, "-P", "-m", "mpq_compiler", "run", folder, "--input", given, "--output", found]
-            done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=scratch)
+            environment = child_environment()
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=scratch, env=environment)
             if done.returncode < 0:
                 return f"they end their process with {signal.Signals(-done.returncode).name}"
             if done.returncode:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, nullcontext
@@ -43,6 +44,13 @@ def require_counts(**counts: int) -> None:
     for name, value in counts.items():
         if value < 1:
             raise UserError(f"--{name} {value} must be 1 or more")
+
+
+def child_environment(**more: str) -> dict[str, str]:
+    """Makes the environment in which a child process imports this very package, from wherever this one has it."""
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | more
 
 
 def require_threads(threads: int | None) -> None:

@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from mpq_compiler.backends.tvm.plan.calls import Accepted
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import child_environment
 from mpq_compiler.targets.table import require_runnable
 
 
@@ -50,16 +51,13 @@ class Worker:
     """The parent's side of a worker: a context manager that starts it at once and ends it with the block."""
 
     def __init__(self) -> None:
-        root = str(Path(__file__).parents[4])
-        paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TVM_NUM_THREADS": "1"}
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the worker)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", __name__],  # -P: modules of the folder that the user is in are none of ours
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=environment,
+            env=child_environment(TVM_NUM_THREADS="1"),
         )
 
     def __enter__(self) -> Worker:
