@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if args.json not in (None, "-"):
             output.require_new(args.json, overwrite=True)
-        with _ends_by_sigterm(), _noted():
+        with _ends_by_signals(), _noted():
             result = usage.with_room(args.run)(args)
         if args.json == "-":
             print(json.dumps(result, indent=1))
@@ -115,12 +115,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except UserError as error:
         return _fail(args, str(error))
-    except Terminated:
-        print("mpqc: terminated", file=sys.stderr)
-        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        print("mpqc: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _ended(_came[0] if _came else signal.SIGINT)
     except BrokenPipeError:  # whoever read us has seen enough: `mpqc passes | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -140,25 +136,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         terminal.output.stderr = False
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
+_came: list[int] = []
+"""The signals that came during a command."""
 
 
 @contextmanager
-def _ends_by_sigterm() -> Iterator[None]:
+def _ends_by_signals() -> Iterator[None]:
+    """Makes SIGTERM end a command as Ctrl-C does, and keeps in mind that one came: libraries swallow interrupts."""
+    _came.clear()
     if threading.current_thread() is not threading.main_thread():  # no other can be told
         yield
         return
 
     def end(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # another one would disturb what is cleared away
-        raise Terminated
+        _came.append(number)
+        if number == signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)  # another one would disturb what is cleared away
+        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end)
+    asked = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or somebody else's
+        asked.append(signal.SIGINT)
+    before = {number: signal.signal(number, end) for number in asked}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _ended(number: int) -> int:
+    """The exit code of a command that a signal has ended."""
+    print("mpqc: terminated" if number == signal.SIGTERM else "mpqc: interrupted", file=sys.stderr)
+    return 128 + number
 
 
 @contextmanager
@@ -184,6 +194,8 @@ def _defect(args: argparse.Namespace, error: Exception) -> int:
 
 
 def _fail(args: argparse.Namespace, sentence: str) -> int:
+    if _came:  # what failed is what the interrupt has left half done, such as an import
+        return _ended(_came[0])
     if args.debug:
         raise
     print(f"mpqc: {sentence}", file=sys.stderr)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +360,19 @@ def test_every_command_has_a_python_name() -> None:
         assert callable(getattr(mpq_compiler, name))
     with pytest.raises(AttributeError):
         mpq_compiler.nothing  # noqa: B018
+
+
+def test_an_interrupt_that_a_library_swallows_still_ends_the_command(capsys, monkeypatch):
+    """As imports of C extensions do: what fails afterwards is no defect."""
+
+    def swallowing(args):
+        with contextlib.suppress(BaseException):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        raise ImportError("cannot load module more than once per process")
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(mpqc.usage, "with_room", lambda function: swallowing)
+    assert mpqc.main(["models"]) == 143
+    assert capsys.readouterr().err == "mpqc: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is before
