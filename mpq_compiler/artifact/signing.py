@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from mpq_compiler.artifact import bundle, pipeline, signature
 from mpq_compiler.artifact.signature import Signed
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.files import beside, check_place, sync
+from mpq_compiler.support.files import beside, check_place, put, sync
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -40,10 +40,10 @@ def sign(path: str | os.PathLike[str], private: Ed25519PrivateKey) -> tuple[str,
     with beside(place) as scratch:
         if place.is_dir():
             bundle.fill(scratch / signature.FILE, text)
-            os.replace(scratch / signature.FILE, place / signature.FILE)
+            put(scratch / signature.FILE, place / signature.FILE, scratch)
         else:
             _into_zip(place, scratch / place.name, text)
-            os.replace(scratch / place.name, place)
+            put(scratch / place.name, place, scratch)
     key = private.public_key().public_bytes_raw().hex()
     return key, signature.check(text, path, key)
 

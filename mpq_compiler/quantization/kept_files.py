@@ -111,13 +111,22 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: str = "") -> None:
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a file that `write` wrote, and the text about them. FileNotFoundError: there is none whole.
+    """The tensors of a file that `write` wrote, as `tensors_of` reads them, and the text about them.
 
-    Large tensors lie in files without names, as those do that passes make.
+    Large tensors are copied to files without names, as those are that passes make.
+    """
+    tensors, about = tensors_of(path)
+    return {name: scratch.kept(tensor) for name, tensor in tensors.items()}, about
+
+
+def tensors_of(path: Path) -> tuple[dict[str, Tensor], str]:
+    """The tensors of a file that `write` wrote, in memory, and the text about them.
+
+    FileNotFoundError: there is none that is whole.
     """
     from safetensors.torch import load
 
     if (content := cache.read(path)) is None:
         raise FileNotFoundError(path)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return {name: scratch.kept(tensor) for name, tensor in load(content).items()}, str(header["__metadata__"][ABOUT])
+    return load(content), str(header["__metadata__"][ABOUT])

@@ -12,13 +12,12 @@ import re
 import secrets
 import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, Any, BinaryIO
 
 from mpq_compiler.support.errors import UserError
 
@@ -92,17 +91,18 @@ def sweep(folder: Path, name: str | None = None) -> None:
     Writers that live hold a lock on what they write. What one has taken from its place and not replaced returns there.
     """
     with suppress(OSError):
-        left = [folder / entry for entry in os.listdir(folder) if (found := _PARTIAL.fullmatch(entry))
-                and name in (None, found["name"])]  # fmt: skip
-        for each in left:
+        for entry in os.listdir(folder):
+            found = _PARTIAL.fullmatch(entry)
+            if found is None or name not in (None, found["name"]):
+                continue
+            left, place = folder / entry, folder / found["name"]
             with suppress(OSError), uninterrupted():
-                lock = os.open(each, os.O_RDONLY | os.O_NOFOLLOW)
+                lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    place = folder / cast(re.Match[str], _PARTIAL.fullmatch(each.name))["name"]
-                    if not os.path.lexists(place) and os.path.lexists(each / PREVIOUS):
-                        os.rename(each / PREVIOUS, place)
-                    _remove(each)
+                    if not os.path.lexists(place) and os.path.lexists(left / PREVIOUS):
+                        os.rename(left / PREVIOUS, place)
+                    _remove(left)
                 finally:
                     os.close(lock)
 
@@ -133,7 +133,7 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 @contextmanager
-def _partial(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
+def _partial(path: Path, make: Callable[[Path], object]) -> Iterator[Path]:
     """What is to become `path`, beside it, locked as long as this process writes it, and removed at the end."""
     with uninterrupted():
         made, lock = _locked(path, make)
@@ -145,9 +145,10 @@ def _partial(path: Path, make: Callable[[Path], Path]) -> Iterator[Path]:
             os.close(lock)
 
 
-def _locked(path: Path, make: Callable[[Path], Path]) -> tuple[Path, int]:
+def _locked(path: Path, make: Callable[[Path], object]) -> tuple[Path, int]:
     while True:
-        made = make(path)
+        made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        make(made)
         try:
             lock = os.open(made, os.O_RDONLY)
         except FileNotFoundError:
@@ -163,14 +164,12 @@ def _locked(path: Path, make: Callable[[Path], Path]) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _new_folder(path: Path) -> Path:
-    return Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+def _new_folder(path: Path) -> None:
+    path.mkdir(0o700)
 
 
-def _new_file(path: Path) -> Path:
-    made = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    os.close(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))  # as umask says, which threads share
-    return made
+def _new_file(path: Path) -> None:
+    path.touch(0o666, exist_ok=False)  # as umask says, which threads share
 
 
 def _remove(path: Path) -> None:

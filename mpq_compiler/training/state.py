@@ -134,13 +134,13 @@ class Kept:
     def load(self) -> State | None:
         """The saved state; None where there is none that can be read."""
         try:
-            tensors, text = kept_files.read(self.path)
+            tensors, text = kept_files.tensors_of(self.path)
         except FileNotFoundError:
             return None
         found: dict[str, dict[str, Tensor]] = {part: {} for part in self.PARTS}
         for name, tensor in tensors.items():
             part, _, of = name.partition("/")
-            found[part][of] = tensor.clone()  # in memory, where steps change it
+            found[part][of] = tensor
         parts = (found["thetas"], found["first"], found["second"], found["best"], found["memory"])
         return State(*parts, **json.loads(text))
 

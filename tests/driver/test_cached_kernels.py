@@ -21,17 +21,12 @@ from mpq_compiler.support.errors import Notice
 from mpq_compiler.targets import table as targets
 from tests.harness import tiny
 
-PIPELINE = (
-    "trace,layout,calibrate{samples=2,steps=4},time-groups{groups=2},bit-allocation{uniform=int4},insert-fake-quant,"
-    "round-weights{method=nearest},fold-fake-quant,fuse-epilogues"
-)
-
 
 def compiled(folder: Path) -> tuple[dict[str, bytes], Report]:
     """The files of an artifact, compiled with the cache of the folder."""
     model = denoiser.wrap(tiny.model("dit"), name="dit")
     report = compile_denoiser(
-        *(model, folder / "out"), pipeline=PIPELINE, target="native", cache=folder / "cache",
+        *(model, folder / "out"), pipeline=tiny.PIPELINE, target="native", cache=folder / "cache",
         overwrite=True,
     )  # fmt: skip
     return {path.name: path.read_bytes() for path in (folder / "out").iterdir()}, report

@@ -48,8 +48,7 @@ def main() -> int:
             document["attacks"] = about | {"of": {name: _figures(outcome) for name, outcome in found.items()}}
             bad += sum(len(outcome.bad) for outcome in found.values())
         if args.soak:
-            attacks.artifact(Path(scratch))
-            wrong, memory = soak.soak(Path(scratch, "a.mpq"), args.soak)
+            wrong, memory = soak.soak(attacks.base_of("artifact, a folder", Path(scratch)) / "a.mpq", args.soak)
             document["soak"] = about | {"calls": args.soak, "threads": 4, "wrong": wrong, "bytes": memory}
             print(f"{args.soak} calls from four threads: {wrong} wrong, memory {memory} bytes", flush=True)
             bad += wrong

@@ -26,14 +26,9 @@ from mpq_compiler.artifact import bundle
 from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
-from tests.fuzz.damage import changed, damaged, text_of, words
-from tests.harness import mutants, relax_artifact
+from tests.harness import mutants, relax_artifact, tiny
+from tests.harness.damage import changed, damaged, text_of, words
 
-PIPELINE = (
-    "trace,layout,calibrate{samples=2,steps=4},time-groups{groups=2},bit-allocation{uniform=int4},"
-    "insert-fake-quant,round-weights{method=nearest},fold-fake-quant,fuse-epilogues"
-)
-"""A compilation of seconds."""
 REFUSED, RIGHT, TAKEN = "refused", "right", "taken"
 INPUTS = {
     "sample": np.linspace(-2, 2, 2 * 3 * relax_artifact.WIDTH, dtype=np.float32).reshape(2, 3, relax_artifact.WIDTH),
@@ -52,6 +47,16 @@ class Attack:
     """Makes one from the base in an empty folder, tries it, and says how that ended."""
     share: float = 1.0
     """How many are tried of each that is asked for: fewer where one takes seconds."""
+
+
+def base_of(name: str, folder: Path) -> Path:
+    """The folder of the base of an attack, which is made where it is not there; attacks of one base share it."""
+    make = ATTACKS[name].base
+    place = folder / make.__name__
+    if not place.exists():
+        place.mkdir(parents=True)
+        make(place)
+    return place
 
 
 def sentence(error: UserError) -> str:
@@ -234,7 +239,6 @@ def pipelines(base: Path, scratch: Path, chance: random.Random) -> str:
 def model(folder: Path) -> None:
     from mpq_compiler.frontend import denoiser, trajectories
     from mpq_compiler.support import tensorfile
-    from tests.harness import tiny
 
     path = tiny.save("unet2d", folder)
     path.rename(folder / "model")
@@ -275,10 +279,9 @@ def _mutant_of(file: Path, chance: random.Random) -> bytes:
 def dumped(folder: Path) -> None:
     from mpq_compiler.driver.compile import compile_denoiser
     from mpq_compiler.frontend import denoiser
-    from tests.harness import tiny
 
     loaded = denoiser.wrap(tiny.model("dit"), name="dit")
-    compile_denoiser(loaded, folder / "out", target="reference", pipeline=PIPELINE, dumps=folder / "dumps")
+    compile_denoiser(loaded, folder / "out", target="reference", pipeline=tiny.PIPELINE, dumps=folder / "dumps")
 
 
 def dumps(base: Path, scratch: Path, chance: random.Random) -> str:
@@ -299,10 +302,9 @@ def program(folder: Path) -> None:
     from mpq_compiler.driver.compile import compile_denoiser
     from mpq_compiler.frontend import denoiser
     from mpq_compiler.support import tensorfile
-    from tests.harness import tiny
 
     made = compile_denoiser(
-        *(denoiser.wrap(tiny.model("dit"), name="dit"), folder / "a.mpq"), emit="c", pipeline=PIPELINE,
+        *(denoiser.wrap(tiny.model("dit"), name="dit"), folder / "a.mpq"), emit="c", pipeline=tiny.PIPELINE,
     )  # fmt: skip
     assert made.artifact
     names = ("mpq.c", "mpq_run.c", "mpq_model.c", "libkernels.a", "monocypher.c", "monocypher-ed25519.c")

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.fuzz.attacks import ATTACKS
+from tests.fuzz.attacks import ATTACKS, base_of
 from tests.harness.tree import ROOT
 
 CRASHED, HUNG, ERROR = "crashed", "hung", "error"
@@ -47,10 +47,7 @@ def run(name: str, seeds: Iterable[int], folder: Path, until: float | None = Non
         folder: where the base lies, or will.
         until: `time.monotonic` after which no further mutant is tried.
     """
-    base = folder / "".join(c if c.isalnum() else "-" for c in ATTACKS[name].base.__name__)
-    if not base.exists():
-        base.mkdir(parents=True)
-        ATTACKS[name].base(base)
+    base = base_of(name, folder)
     found, waiting = Outcome(), [*seeds]
     while waiting and (until is None or time.monotonic() < until):
         waiting = _some(name, waiting, base, found, until)

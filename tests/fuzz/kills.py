@@ -17,11 +17,6 @@ from pathlib import Path
 from mpq_compiler.artifact import bundle
 from tests.harness.tree import ROOT
 
-COMPILE = """
-import sys
-from mpq_compiler.cli import mpqc
-sys.exit(mpqc.main(sys.argv[1:]))
-"""
 PIPELINE = (
     "trace,layout,calibrate{samples=2,steps=4},time-groups{groups=2},"
     "sensitivity{inputs=4,probes=2,sampled=5000,formats=int2/int4/int8},bit-allocation{weights=5.5},insert-fake-quant,"
@@ -34,7 +29,7 @@ CODES = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130,
 
 def command(model: Path, output: Path, cache: Path) -> list[str]:
     options = ["--pipeline", PIPELINE, "--cache", str(cache), "--overwrite", "--jobs", "1"]
-    return [sys.executable, "-c", COMPILE, "compile", str(model), "-o", str(output), *options]
+    return [sys.executable, "-m", "mpq_compiler", "compile", str(model), "-o", str(output), *options]
 
 
 def start(model: Path, output: Path, cache: Path) -> subprocess.Popen[bytes]:

@@ -13,7 +13,7 @@ from mpq_compiler.artifact import bundle, documents, signature, signing
 from mpq_compiler.runtime.tvm import VirtualMachine
 from mpq_compiler.support import cache, files, tensorfile
 from mpq_compiler.support.errors import UserError
-from tests.fuzz.attacks import ATTACKS, REFUSED, ran
+from tests.fuzz.attacks import ATTACKS, REFUSED, base_of, ran
 from tests.harness import relax_artifact
 from tests.support import test_files
 
@@ -27,10 +27,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def attacked(name: str, bases: Path, scratch: Path, count: int = 150) -> None:
     """Tries mutants in this process, where the fault is."""
-    base = bases / ATTACKS[name].base.__name__
-    if not base.exists():
-        base.mkdir()
-        ATTACKS[name].base(base)
+    base = base_of(name, bases)
     for seed in range(count):
         place = scratch / str(seed)
         place.mkdir()

@@ -226,6 +226,12 @@ SCHEDULER = {
     "timestep_spacing": "trailing",
 }
 
+PIPELINE = (
+    "trace,layout,calibrate{samples=2,steps=4},time-groups{groups=2},bit-allocation{uniform=int4},"
+    "insert-fake-quant,round-weights{method=nearest},fold-fake-quant,fuse-epilogues"
+)
+"""A pipeline that compiles a model in seconds."""
+
 
 def model(name: str, seed: int = 0, **changes: Any) -> torch.nn.Module:
     """The diffusers module of configuration `name` (`changes` override its keys), float32, eval, seeded.

@@ -12,23 +12,10 @@ import pytest
 
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import Notice, UserError
+from tests.harness.damage import damaged
 
 CONTENT = bytes(range(256)) * 8
 KNOWN = {"a": 1.5, "b": [1, 2], "c": {"d": None}}
-
-
-def damaged(content: bytes, seed: int) -> bytes:
-    """The content with a byte changed, cut off, cut short, added, or nothing at all."""
-    chance = random.Random(seed)
-    at = chance.randrange(len(content))
-    return chance.choice([
-        content[:at] + bytes([content[at] ^ 1 << chance.randrange(8)]) + content[at + 1 :],
-        content[:at],
-        content[at + 1 :],
-        content + bytes([chance.randrange(256)]),
-        content[:at] + b"\0" * (len(content) - at),
-        b"",
-    ])  # fmt: skip
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
@@ -47,7 +34,7 @@ def test_no_damage_to_a_file_is_believed(tmp_path: Path) -> None:
     cache.write(place, CONTENT)
     whole = place.read_bytes()
     for seed in range(200):
-        bad = damaged(whole, seed)
+        bad = damaged(whole, random.Random(seed))
         place.write_bytes(bad)
         if bad == whole:
             continue
@@ -73,7 +60,7 @@ def test_no_damage_to_a_line_is_believed(tmp_path: Path) -> None:
         known[name] = value
     whole, lost = known.path.read_bytes(), 0
     for seed in range(300):
-        known.path.write_bytes(damaged(whole, seed))
+        known.path.write_bytes(damaged(whole, random.Random(seed)))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             found = results(tmp_path)

@@ -32,14 +32,14 @@ typedef struct mpq_model mpq_model;
 /* The functions of this program, `*count` of them. */
 const mpq_function *mpq_functions(int *count);
 
-/* Reads the weights file, prepares the weights for the kernels, closes it for good, and starts threads - 1 threads (0: one for each CPU).
- * NULL, with mpq_error(): a CPU without what the kernels need, a file that cannot be read or is not that of this build,
+/* Reads the weights file, prepares the weights for the kernels, closes it for good, and starts threads - 1 threads (0:
+ * one for each CPU). NULL, with mpq_error(): a CPU without what the kernels need, a file that cannot be read or is not that of this build,
  * or no memory. Threads and their number are those of the process. */
 mpq_model *mpq_open(const char *weights, int threads);
 
 /* One call of mpq_functions()[function]: inputs in its order, each of its bytes; the output of its bytes. Allocates
  * nothing of its own. 0, or -1 with mpq_error(): values that Python refuses too, which are NaN and infinity, there or
- * in the output, labels out of range, and texts that do not begin as they did when it was compiled. One call at a
+ * in the output, inputs beyond 1e18, labels out of range, and texts that do not begin as they did when it was compiled. One call at a
  * time. */
 int mpq_run(mpq_model *model, int function, const void *const *inputs, void *output);
 

@@ -165,14 +165,23 @@ static bool fits_cpu(const mpq_build *build) {
 
 /* ------------------------------------------------------------------------------------------- inputs, output */
 
+static int64_t elements(const mpq_tensor *about) {
+    int64_t count = 1;
+    for (int i = 0; i < about->ndim; i++) count *= about->shape[i];
+    return count;
+}
+
+/* The sample that an element is of. */
+static long long sample_of(const mpq_tensor *about, int64_t place) {
+    return about->ndim ? place / (elements(about) / about->shape[0]) : place;
+}
+
 /* How many values of a tensor are NaN or infinite, and the place of the first: all bits of the exponent are set. */
-static int64_t odd_values(const mpq_tensor *about, const void *data, int64_t *first, int64_t *count) {
-    int64_t found = 0;
-    *count = 1;
-    for (int i = 0; i < about->ndim; i++) *count *= about->shape[i];
+static int64_t odd_values(const mpq_tensor *about, const void *data, int64_t *first) {
+    int64_t found = 0, count = elements(about);
     if (*about->dtype != 'F') return 0;
 #define COUNT(type, mask)                                                                                              \
-    for (int64_t i = *count; i--;) {                                                                                   \
+    for (int64_t i = count; i--;) {                                                                                    \
         type word;                                                                                                     \
         memcpy(&word, (const char *)data + i * (int64_t)sizeof word, sizeof word); /* it need not be aligned */        \
         bool odd = (word & (type)(mask)) == (type)(mask);                                                              \
@@ -180,7 +189,7 @@ static int64_t odd_values(const mpq_tensor *about, const void *data, int64_t *fi
         found += odd;                                                                                                  \
     }                                                                                                                  \
     break
-    switch (about->bytes / (size_t)*count) {
+    switch (about->bytes / (size_t)count) {
     case 2: COUNT(uint16_t, 0x7c00);
     case 4: COUNT(uint32_t, 0x7f800000);
     case 8: COUNT(uint64_t, 0x7ff0000000000000);
@@ -192,7 +201,7 @@ static int64_t odd_values(const mpq_tensor *about, const void *data, int64_t *fi
 /* Whether squares of the values do not overflow (LARGEST); the least value of a mask stands for minus infinity. */
 static bool is_moderate(const mpq_tensor *about, const void *data) {
     if (strcmp(about->dtype, "F32") || strstr(about->name, "mask")) return true;
-    int64_t count = (int64_t)(about->bytes / sizeof(float)), largest = 0;
+    int64_t count = elements(about), largest = 0;
     float most = 0;
     for (int64_t i = 0; i < count; i++) {
         float value;
@@ -205,12 +214,11 @@ static bool is_moderate(const mpq_tensor *about, const void *data) {
     memcpy(&value, (const char *)data + largest * (int64_t)sizeof value, sizeof value);
     return fail("input '%s' holds %.3g in sample %lld, and at most 1e+18 can be computed with: squares of more overflow; "
                 "check what made it",
-                about->name, (double)value, (long long)(largest / (count / about->shape[0])));
+                about->name, (double)value, sample_of(about, largest));
 }
 
 static bool in_range(const mpq_tensor *about, const void *data) {
-    int64_t batch = about->ndim ? about->shape[0] : 1, count = 1;
-    for (int i = 0; i < about->ndim; i++) count *= about->shape[i];
+    int64_t count = elements(about);
     size_t size = about->bytes / (size_t)count;
     for (int64_t i = 0; i < count; i++) {
         uint64_t word = 0; /* of little-endian bytes, whose sign is the highest bit */
@@ -218,7 +226,7 @@ static bool in_range(const mpq_tensor *about, const void *data) {
         int64_t label = (int64_t)(word << (64 - 8 * size)) >> (64 - 8 * size);
         if (label < 0 || label >= about->below)
             return fail("input '%s' is %lld in sample %lld; it goes from 0 to %lld", about->name, (long long)label,
-                        (long long)(i / (count / batch)), (long long)about->below - 1);
+                        sample_of(about, i), (long long)about->below - 1);
     }
     return true;
 }
@@ -245,12 +253,12 @@ static bool begins_with(const mpq_token *token, const mpq_tensor *about, const v
 }
 
 static bool takes(const mpq_build *build, const mpq_function *own, const void *const *inputs) {
-    int64_t first = 0, count;
+    int64_t first = 0;
     for (int i = 0; i < own->inputs; i++) {
         const mpq_tensor *about = &own->input[i];
-        if (odd_values(about, inputs[i], &first, &count))
+        if (odd_values(about, inputs[i], &first))
             return fail("input '%s' holds NaN or infinity in sample %lld; check what made it", about->name,
-                        (long long)(first / (count / about->shape[0])));
+                        sample_of(about, first));
         if (!is_moderate(about, inputs[i])) return false;
         if (about->below && !in_range(about, inputs[i])) return false;
         for (int k = 0; k < build->token_count; k++) {
@@ -262,11 +270,11 @@ static bool takes(const mpq_build *build, const mpq_function *own, const void *c
 }
 
 static bool is_sound(const mpq_tensor *output, const void *data) {
-    int64_t first = 0, count, found = odd_values(output, data, &first, &count);
+    int64_t first = 0, found = odd_values(output, data, &first);
     if (!found) return true;
     return fail("output '%s' holds NaN or infinity in %lld of %lld values, first in sample %lld; inputs far outside the "
                 "calibrated range do that, and so may too few bits",
-                output->name, (long long)found, (long long)count, (long long)(first / (count / output->shape[0])));
+                output->name, (long long)found, (long long)elements(output), sample_of(output, first));
 }
 
 /* ---------------------------------------------------------------------------------------------- the files */
