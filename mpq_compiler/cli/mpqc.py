@@ -167,6 +167,7 @@ def _ends_by_signals() -> Iterator[None]:
 
 def _ended(number: int) -> int:
     """The exit code of a command that a signal has ended."""
+    exec("")  # an interrupt inside of an `exec`, as of a dataclass, makes Python end by SIGINT until another one ends
     print("mpqc: terminated" if number == signal.SIGTERM else "mpqc: interrupted", file=sys.stderr)
     return 128 + number
 

@@ -376,3 +376,18 @@ def test_an_interrupt_that_a_library_swallows_still_ends_the_command(capsys, mon
     assert mpqc.main(["models"]) == 143
     assert capsys.readouterr().err == "mpqc: terminated\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interrupt_inside_of_exec_ends_the_command_with_its_exit_code(tmp_path):
+    """CPython keeps in mind that one went through an `exec` of text, and ends the run of a module by SIGINT."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, time\n"
+        "from mpq_compiler.cli import usage\n"
+        "def terminated(args):\n"
+        "    exec('os.kill(os.getpid(), signal.SIGTERM); time.sleep(5)')\n"
+        "usage.with_room = lambda function: terminated\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(Path(mpqc.__file__).parents[2])])
+    command = [sys.executable, "-m", "mpq_compiler", "models"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (143, "mpqc: terminated\n")
