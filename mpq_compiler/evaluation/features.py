@@ -1,4 +1,4 @@
-"""The feature extractor of the bundled models, for Fréchet distances and class accuracy."""
+"""Feature extractors of small images, for Fréchet distances and class accuracy (benchmarks/train_features.py)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Features:
     """The mean of the real test images' features, scaled, [64]."""
     covariance: Array
     """The covariance of the real test images' features, scaled, [64, 64]."""
-    shape: tuple[int, int, int] = (1, 28, 28)
+    shape: tuple[int, int, int]
     """The shape of the images that it was trained on."""
 
     @classmethod
@@ -37,10 +37,12 @@ class Features:
         mean = weights.pop("stats.mu").astype(np.float64)
         covariance = weights.pop("stats.cov").astype(np.float64)
         scale = math.sqrt(float((np.diag(covariance) + mean**2).mean()))
-        return cls(weights, scale, mean / scale, covariance / scale**2)
+        size = 4 * math.isqrt(weights["body.10.weight"].shape[1] // len(weights["body.6.bias"]))
+        shape = (weights["body.0.weight"].shape[1], size, size)
+        return cls(weights, scale, mean / scale, covariance / scale**2, shape)
 
     def __call__(self, images: Any) -> tuple[Array, Array]:
-        """Computes scaled features [N, 64] and class scores [N, classes] of images [N, 1, 28, 28] in [-1, 1]."""
+        """Computes scaled features [N, 64] and class scores [N, classes] of images of its shape in [-1, 1]."""
         import torch
         from torch.nn import functional as F
 

@@ -1,16 +1,19 @@
-"""Trains a bundled denoiser anew, on a CPU: pixel-unshuffled gray images, velocity prediction.
+"""Trains a class-conditional or prompted denoiser: the bundled ones of clothes, and those of emoji that judge recipes.
 
-    python benchmarks/train_fashion.py unet fashion-mnist.npz OUT --steps 15000
-    python benchmarks/train_fashion.py text fashion-mnist.npz OUT --steps 5500 --learning-rate 1.5e-3
-    python benchmarks/train_fashion.py dit fashion-mnist.npz OUT --steps 6500 --learning-rate 1e-3 --ema 0.999
+    python -m benchmarks.train_denoisers unet fashion-mnist.npz OUT --steps 15000
+    python -m benchmarks.train_denoisers text fashion-mnist.npz OUT --steps 5500 --learning-rate 1.5e-3
+    python -m benchmarks.train_denoisers dit fashion-mnist.npz OUT --steps 6500 --learning-rate 1e-3 --ema 0.999
+    python -m benchmarks.train_denoisers emoji-unet emoji.npz OUT --device cuda      # of benchmarks/emoji_classes.py
+    python -m benchmarks.train_denoisers emoji-dit emoji.npz OUT --device cuda --learning-rate 1e-3
 
 unet: a class-conditional UNet; text: one with cross-attention to short prompts ("dark plain boot"), whose tone and
-texture are measured on the images; dit: a class-conditional diffusion transformer. The data are an npz with x_train,
-x_test (uint8 [N, 28, 28]) and y_train, y_test (integers 0 to 9 [N]). About 0.3 s a step of 64 images on one core. The
-run is resumable: the same command continues from OUT/checkpoint.pt, and ends with the same weights as a run that was
-never interrupted, since all randomness is a function of (seed, step). OUT has the layout of diffusers: unet/ or
-transformer/ (the moving average of the weights, half precision), scheduler/, harness.json, and for prompts
-text/table.safetensors.
+texture are measured on the images; dit: a class-conditional diffusion transformer; emoji-unet and emoji-dit: others of
+both kinds, in colour, which no recipe was developed on. All work on pixel-unshuffled images and predict velocity. The
+data are an npz with x_train, x_test (uint8 [N, 28, 28], or [N, 32, 32, 3] of emoji) and y_train, y_test (the classes'
+integers [N]). About 0.3 s a step of 64 images of clothes on one core. The run is resumable: the same command continues
+from OUT/checkpoint.pt, and ends with the same weights as a run that was never interrupted, since all randomness is a
+function of (seed, step). OUT has the layout of diffusers: unet/ or transformer/ (the moving average of the weights,
+half precision), scheduler/, harness.json, and for prompts text/table.safetensors.
 
 Velocity prediction: Salimans and Ho, "Progressive Distillation for Fast Sampling of Diffusion Models"
 (arXiv 2202.00512), appendix D. Cosine schedule: Nichol and Dhariwal (arXiv 2102.09672). DiT: Peebles and Xie
@@ -39,7 +42,11 @@ from mpq_compiler.sampling.schedulers import DDIM
 from mpq_compiler.sampling.text_encoder import BOS, EOS, PAD, TextEncoder
 
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
-NULL_CLASS = len(CLASSES)
+CATEGORIES = (
+    "Activities", "Animals & Nature", "Flags", "Food & Drink", "Objects", "People & Body", "Smileys & Emotion",
+    "Symbols", "Travel & Places",
+)  # fmt: skip
+"""The classes of clothes and of emoji; the number of classes is the null class."""
 SCHEDULER = DDIM(
     beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction", timestep_spacing="trailing"
 )
@@ -53,7 +60,7 @@ UNET = {
     "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
     "norm_num_groups": 8,
     "attention_head_dim": 24,
-    "num_class_embeds": NULL_CLASS + 1,
+    "num_class_embeds": len(CLASSES) + 1,
 }
 TEXT_UNET = {
     "sample_size": 14,
@@ -79,18 +86,61 @@ DIT = {
     "patch_size": 2,
     "num_embeds_ada_norm": len(CLASSES),  # its table has one row more, the null class
 }
-MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "unet": ("UNet2DModel", UNET, "unet"),
-    "text": ("UNet2DConditionModel", TEXT_UNET, "unet"),
-    "dit": ("DiTTransformer2DModel", DIT, "transformer"),
+EMOJI_UNET = {
+    "sample_size": 16,
+    "in_channels": 12,
+    "out_channels": 12,
+    "layers_per_block": 1,
+    "block_out_channels": (48, 96, 128),
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "norm_num_groups": 16,
+    "attention_head_dim": 32,
+    "resnet_time_scale_shift": "scale_shift",
+    "num_class_embeds": len(CATEGORIES) + 1,
 }
-"""Name -> class of diffusers, configuration, folder in the layout of a pipeline."""
+EMOJI_DIT = {
+    "sample_size": 16,
+    "in_channels": 12,
+    "out_channels": 12,
+    "num_layers": 7,
+    "num_attention_heads": 5,
+    "attention_head_dim": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": len(CATEGORIES),
+}
+EMOJI_FEATURES = "emoji-classifier.safetensors"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is trained: a model of diffusers, where it lies in a pipeline, and what it draws."""
+
+    class_name: str
+    config: dict[str, Any]
+    part: str
+    classes: tuple[str, ...] = CLASSES
+    image: tuple[int, ...] = (28, 28)
+    """The shape of an image as the data have it."""
+    features: str = "fashion-classifier.safetensors"
+    """The feature extractor for what it draws, which lies beside OUT (benchmarks/train_features.py)."""
+
+
+MODELS = {
+    "unet": Kind("UNet2DModel", UNET, "unet"),
+    "text": Kind("UNet2DConditionModel", TEXT_UNET, "unet"),
+    "dit": Kind("DiTTransformer2DModel", DIT, "transformer"),
+    "emoji-unet": Kind("UNet2DModel", EMOJI_UNET, "unet", CATEGORIES, (32, 32, 3), EMOJI_FEATURES),
+    "emoji-dit": Kind("DiTTransformer2DModel", EMOJI_DIT, "transformer", CATEGORIES, (32, 32, 3), EMOJI_FEATURES),
+}
 SLOTS = {
     "tone": ("dark", "gray", "bright"),
     "texture": ("plain", "patterned"),
     "class": ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
 }
 """What a prompt consists of; the classes are those of the labels."""
+SHOWN = 20
+"""Steps between two losses that are shown."""
 TOKENS, WIDTH = 8, 64
 NULL_PROMPT = 60
 """The row of the empty prompt in `prompt_table`."""
@@ -159,39 +209,48 @@ class Settings:
 
 @dataclass(frozen=True)
 class Data:
-    """The training set: latents float32 [N, 4, 14, 14] in [-1, 1], labels and prompts (rows of the table) int64 [N]."""
+    """The training set: latents float32 [N, C, h, w] in [-1, 1], labels int64 [N]."""
 
     latents: torch.Tensor
     labels: torch.Tensor
-    prompts: torch.Tensor
 
     @classmethod
-    def load(cls, path: Path) -> Data:
+    def load(cls, path: Path, model: str = "unet") -> Data:
+        """Reads what a model is trained on. SystemExit: it is no such file."""
+        kind = MODELS[model]
         try:
             with np.load(path) as file:
                 images, labels = file["x_train"], file["y_train"]
         except (OSError, KeyError, ValueError) as error:
             raise SystemExit(f"'{path}' is not an npz with x_train and y_train: {error}") from error
-        if images.dtype != np.uint8 or images.shape[1:] != (28, 28) or labels.shape != images.shape[:1]:
-            raise SystemExit(f"x_train of '{path}' must be uint8 [N, 28, 28] and y_train integers [N]")
-        pixels = torch.from_numpy(images)[:, None].float() / 127.5 - 1
-        classes = torch.from_numpy(labels.astype(np.int64))
-        return cls(F.pixel_unshuffle(pixels, 2), classes, prompt_rows(pixels, classes))
+        if images.dtype != np.uint8 or images.shape[1:] != kind.image or labels.shape != images.shape[:1]:
+            shape = ", ".join(map(str, ("N", *kind.image)))
+            raise SystemExit(f"x_train of '{path}' must be uint8 [{shape}] and y_train integers [N] for {model}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(kind.classes):
+            raise SystemExit(f"y_train of '{path}' must be classes 0 to {len(kind.classes) - 1} for {model}")
+        pixels = torch.from_numpy(images)
+        pixels = (pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)).float() / 127.5 - 1
+        return cls(F.pixel_unshuffle(pixels, 2), torch.from_numpy(labels.astype(np.int64)))
+
+    def prompts(self) -> torch.Tensor:
+        """The prompts that fit the images, as rows of `prompt_table`: int64 [N]."""
+        return prompt_rows(F.pixel_shuffle(self.latents, 2), self.labels)
 
 
 class Trainer:
     """The model, its moving average and the optimizer; `step` is the number of steps done."""
 
-    def __init__(self, settings: Settings, data: Data) -> None:
+    def __init__(self, settings: Settings, data: Data, device: str = "cpu") -> None:
         if len(data.labels) < settings.batch:
             raise SystemExit(f"{len(data.labels)} training images are fewer than a batch of {settings.batch}")
-        self.settings, self.data, self.step = settings, data, 0
+        self.settings, self.step = settings, 0
+        self.kind, self.device = MODELS[settings.model], device
+        self.latents, self.labels = data.latents.to(device), data.labels.to(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            class_name, config, _ = MODELS[settings.model]
-            model: Any = getattr(diffusers, class_name)(**config)
+            model: Any = getattr(diffusers, self.kind.class_name)(**self.kind.config)
         # No layer but DiT's label dropout differs in training mode; labels are dropped here, for all models alike.
-        self.model: torch.nn.Module = model.eval()
+        self.model: torch.nn.Module = model.eval().to(device)
         self.average: Any = copy.deepcopy(self.model).eval().requires_grad_(False)
         parameters = list(self.model.parameters())
         self.optimizer = torch.optim.AdamW(
@@ -202,9 +261,10 @@ class Trainer:
             lr=settings.learning_rate,
             betas=(0.9, 0.99),
         )
-        self.alphas = torch.from_numpy(SCHEDULER.alphas_cumprod).float()
-        self.encoder = text_encoder()
-        self.table = prompt_table(self.encoder)
+        self.alphas = torch.from_numpy(SCHEDULER.alphas_cumprod).float().to(device)
+        if settings.model == "text":
+            self.encoder = text_encoder()
+            self.table, self.prompts = prompt_table(self.encoder).to(device), data.prompts().to(device)
 
     def generator(self, *keys: int) -> torch.Generator:
         """Randomness that is a function of the seed and `keys` only."""
@@ -213,29 +273,29 @@ class Trainer:
 
     def rows(self) -> torch.Tensor:
         """The samples of this step's batch: every epoch is a permutation of the data."""
-        per_epoch = len(self.data.labels) // self.settings.batch
+        per_epoch = len(self.labels) // self.settings.batch
         epoch, position = divmod(self.step, per_epoch)
-        order = torch.randperm(len(self.data.labels), generator=self.generator(0, epoch))
+        order = torch.randperm(len(self.labels), generator=self.generator(0, epoch))
         return order[position * self.settings.batch : (position + 1) * self.settings.batch]
 
     def conditions(self, rows: torch.Tensor, dropped: torch.Tensor) -> dict[str, torch.Tensor]:
         """The classes or prompts of samples `rows`, the null class or the empty prompt where they are `dropped`."""
         if self.settings.model == "text":
-            prompts = torch.where(dropped, NULL_PROMPT, self.data.prompts[rows])
+            prompts = torch.where(dropped, NULL_PROMPT, self.prompts[rows])
             return {"encoder_hidden_states": self.table[prompts]}
-        return {"class_labels": torch.where(dropped, NULL_CLASS, self.data.labels[rows])}
+        return {"class_labels": torch.where(dropped, len(self.kind.classes), self.labels[rows])}
 
     def loss(self) -> torch.Tensor:
         """The mean squared error of the predicted velocity on this step's batch."""
         generator, batch = self.generator(1, self.step), self.settings.batch
-        rows = self.rows()
-        latents = self.data.latents[rows]
-        noise = torch.randn(latents.shape, generator=generator)
+        rows = self.rows().to(self.device)
+        latents = self.latents[rows]
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
         # One timestep from each of `batch` equal parts of the range: less variance than independent ones.
         count = len(self.alphas)
         timesteps = ((torch.arange(batch) + torch.rand(1, generator=generator)) * count / batch).long()
-        timesteps = timesteps.clamp(max=count - 1)
-        dropped = torch.rand(batch, generator=generator) < self.settings.label_dropout
+        timesteps = timesteps.clamp(max=count - 1).to(self.device)
+        dropped = (torch.rand(batch, generator=generator) < self.settings.label_dropout).to(self.device)
         signal = self.alphas[timesteps].sqrt()[:, None, None, None]
         sigma = (1 - self.alphas[timesteps]).sqrt()[:, None, None, None]
         velocity = self.model(
@@ -245,7 +305,7 @@ class Trainer:
         ).sample
         return F.mse_loss(velocity, signal * noise - sigma * latents)
 
-    def advance(self) -> float:
+    def advance(self) -> torch.Tensor:
         """One step of training; the loss."""
         settings = self.settings
         warm = min(1.0, (self.step + 1) / settings.warmup)
@@ -259,10 +319,9 @@ class Trainer:
         self.optimizer.step()
         decay = min(settings.ema, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            for mean, value in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
+            torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         self.step += 1
-        return loss.item()
+        return loss.detach()
 
     def save_checkpoint(self, path: Path) -> None:
         """Writes everything that a resumed run needs, whole or not at all."""
@@ -279,7 +338,7 @@ class Trainer:
 
     def resume(self, path: Path) -> None:
         """Continues from a checkpoint of the same settings."""
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, map_location=self.device, weights_only=True)
         if state["settings"] != asdict(self.settings):
             changed = sorted(k for k, v in asdict(self.settings).items() if state["settings"].get(k) != v)
             raise SystemExit(f"'{path}' is of a run with another {', '.join(changed)}; name another folder")
@@ -290,8 +349,7 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Writes the averaged model in diffusers' layout, in half precision."""
-        part = MODELS[self.settings.model][2]
-        copy.deepcopy(self.average).half().save_pretrained(folder / part, variant="fp16")
+        copy.deepcopy(self.average).half().save_pretrained(folder / self.kind.part, variant="fp16")
         (folder / "scheduler").mkdir(exist_ok=True)
         harness: dict[str, Any] = {"codec": "pixel_unshuffle2", "training": asdict(self.settings)}
         if self.settings.model == "text":
@@ -300,7 +358,9 @@ class Trainer:
             self.encoder.save(tables)
             harness |= {"tokens": TOKENS, "text": {"tables": "text/table.safetensors", **self.encoder.to_json()}}
         else:
-            harness |= {"null_class": NULL_CLASS, "class_names": list(CLASSES)}
+            harness |= {"null_class": len(self.kind.classes), "class_names": list(self.kind.classes)}
+        if (folder.resolve().parent / self.kind.features).exists():
+            harness["features"] = f"../{self.kind.features}"
         for path, value in (
             (folder / "scheduler" / "scheduler_config.json", SCHEDULER.to_config()),
             (folder / "harness.json", harness),
@@ -309,12 +369,12 @@ class Trainer:
 
 
 def train(
-    settings: Settings, data: Data, folder: Path, save_every: int = 500, until: int | None = None
+    settings: Settings, data: Data, folder: Path, save_every: int = 500, until: int | None = None, device: str = "cpu"
 ) -> Trainer:
     """Trains to `settings.steps` (or pauses at step `until`), resuming what `folder` holds, and exports."""
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.pt"
-    trainer = Trainer(settings, data)
+    trainer = Trainer(settings, data, device)
     if checkpoint.exists():
         trainer.resume(checkpoint)
     last = min(settings.steps, until or settings.steps)
@@ -330,7 +390,8 @@ def train(
         task = progress.add_task("training", total=settings.steps, completed=trainer.step, loss=mean)
         while trainer.step < last:
             loss = trainer.advance()
-            mean = loss if math.isnan(mean) else 0.99 * mean + 0.01 * loss
+            if trainer.step % SHOWN == 0:  # a GPU need not be waited for in every step
+                mean = loss.item() if math.isnan(mean) else 0.8 * mean + 0.2 * loss.item()
             progress.update(task, completed=trainer.step, loss=mean)
             if trainer.step % save_every == 0:
                 trainer.save_checkpoint(checkpoint)
@@ -356,10 +417,13 @@ def main() -> None:
         "--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", help="of torch, which computes (default: %(default)s)")
     options = vars(parser.parse_args())
     torch.set_num_threads(options.pop("threads"))
-    data, out, save_every = options.pop("data"), options.pop("out"), options.pop("save_every")
-    train(Settings(**options), Data.load(data), out, save_every)
+    if options["device"] != "cpu":
+        torch.set_float32_matmul_precision("high")
+    data, out, save_every, device = (options.pop(name) for name in ("data", "out", "save_every", "device"))
+    train(Settings(**options), Data.load(data, options["model"]), out, save_every, device=device)
     print(f"the model is in {out}")
 
 
