@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -92,6 +93,7 @@ class BitAllocation(Pass):
         "bops": "bops",
         "latency": "latency",
         "objective": "objective",
+        "plan": "given",
     }
     requires: ClassVar[frozenset[str]] = frozenset({"time-groups"})
     provides: ClassVar[frozenset[str]] = frozenset({"plan"})
@@ -111,6 +113,8 @@ class BitAllocation(Pass):
     """Budget in milliseconds of a call on the target."""
     uniform: str | None = None
     """One format for every layer, whatever it costs: no program is solved."""
+    given: bool = False
+    """The plan is given (`mpqc compile --plan`): no program is solved, and nothing needs measuring."""
     dynamic: bool = False
     """Scales for each token, computed at run time, for linear layers; edges that convolutions or quantized attentions
     read stay static."""
@@ -162,6 +166,9 @@ class BitAllocation(Pass):
                 f"bit-allocation{{activations={self.activations:g}}}: layers of float activations have no times, which "
                 "a budget of them needs: 8 bits at most"
             )
+        if self.given and (self.uniform is not None or self.scored):
+            option = "uniform" if self.uniform is not None else "objective"
+            raise UserError(f"a given plan decides on every layer: take a recipe without bit-allocation{{{option}}}")
         if self.scored:
             here = f"bit-allocation{{objective={self.objective}}}"
             for option in ("bops", "latency", "ratios", "activation_ratios", "protected", "attention", "uniform"):
@@ -200,7 +207,7 @@ class BitAllocation(Pass):
     @property
     def measures_together(self) -> bool:
         """Whether the whole plan is rounded and its noise measured, beside the sum of losses that chose it."""
-        return self.uniform is None and self.objective in ("noise", "paper-db")
+        return self.uniform is None and not self.given and self.objective in ("noise", "paper-db")
 
     @property
     def _width(self) -> int:
@@ -242,6 +249,8 @@ class BitAllocation(Pass):
             paths = {str(weight_path(node)) for node in program.quantizable}
             choices = dict.fromkeys(paths, (formats.get(self.uniform).name, self._width))
             quantized = {n.name for n in program.attentions if self.attention is not None}
+        elif self.given:
+            choices, quantized = self._by_plan(program, session.plan)
         elif self.scored:
             choices, quantized = self._by_scores(program), set()
         else:
@@ -422,6 +431,30 @@ class BitAllocation(Pass):
                 f"that another plan may be better: {remedy}"
             )
 
+    def _by_plan(self, program: Program, plan: Mapping[str, str] | None) -> tuple[dict[str, tuple[str, int]], set[str]]:
+        """Takes a given plan. UserError: there is none, or it is another model's."""
+        if plan is None:
+            raise UserError("bit-allocation{given} needs a plan: `mpqc compile --plan PLAN.json`")
+        paths = {str(weight_path(node)): input_edge(node).name for node in program.quantizable}
+        attentions = {n.name for n in program.attentions} & plan.keys()
+        for lacking, what in ((paths.keys() - plan.keys(), "lacks"), (plan.keys() - paths.keys() - attentions, "has")):
+            if lacking:
+                raise UserError(f"the plan is another model's: it {what} '{min(lacking)}', of {len(lacking)} layers")
+        split = {name: _split(name, choice) for name, choice in plan.items()}
+        widths: dict[str, tuple[int, str]] = {}
+        for path, edge in paths.items():
+            if bits := split[path][1]:
+                other, first = widths.setdefault(edge, (bits, path))
+                if bits != other:
+                    raise UserError(
+                        f"the plan has {other} bits for what '{first}' reads, and {bits} where '{path}' reads it"
+                    )
+        quantized = {name for name in attentions if split[name][1]}
+        if wrong := next((name for name in quantized if split[name][1] != self.attention), None):
+            bits = split[wrong][1]
+            raise UserError(f"the plan has '{wrong}' in {bits} bits: compile with bit-allocation{{attention={bits}}}")
+        return {path: split[path] for path in paths}, quantized
+
     def _by_scores(self, program: Program) -> dict[str, tuple[str, int]]:
         """Chooses weight format and activation bits of each layer by the scores of `predict-scores`."""
         if SCORES not in program.facts:
@@ -586,13 +619,18 @@ def _noise(problem: dict[str, Any], solution: Solution) -> float:
     return math.fsum(losses[choice] for choice in solution.choices.items())
 
 
+def _split(layer: str, choice: str) -> tuple[str, int]:
+    """Splits a choice of an allocation, "int4 u8", into format and width (0 for float); of an attention, "u8" too."""
+    *name, width = choice.split(" ")
+    if len(name) > 1 or not (width == FLOAT or re.fullmatch("[uf][2-8]", width)):
+        raise UserError(f"the plan has '{choice}' for '{layer}', which is no choice as 'int4 u8' and 'fp8 float' are")
+    return (formats.get(name[0]).name if name else "", 0 if width == FLOAT else int(width[1:]))
+
+
 def _choices_of(solution: Solution, table: SensitivityTable) -> tuple[dict[str, tuple[str, int]], set[str]]:
     """Splits a solution into format and width (0 for float) of each layer, and the attentions to quantize."""
-    split = {path: choice.split(" ") for path, choice in solution.choices.items() if path in table["weights"]}
     quantized = {name for name in table["attention"] if solution.choices[name] != FLOAT}
-    float_width = FLOAT
-    widths = {path: (name, 0 if width == float_width else int(width[1:])) for path, (name, width) in split.items()}
-    return widths, quantized
+    return {path: _split(path, solution.choices[path]) for path in table["weights"]}, quantized
 
 
 def _plan_floats(program: Program, fits: FitCache, edge: str, bits: int) -> None:

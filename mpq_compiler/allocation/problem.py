@@ -76,12 +76,7 @@ class Problem:
     @classmethod
     def load(cls, path: str | Path) -> Problem:
         """Reads the problem in a JSON file. UserError: it cannot be read, or a key is wrong."""
-        try:
-            value = decode_json(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"cannot read '{path}': {error.strerror}") from error
-        except ValueError as error:
-            raise UserError(f"'{path}' is not valid JSON: {error}") from error
+        value = _read(path)
         try:
             return _parse(value)
         except UserError as error:
@@ -156,6 +151,25 @@ class InfeasibleError(BudgetError):
 
 
 # Reading
+
+
+def load_plan(path: str | Path) -> dict[str, str]:
+    """Reads the choices of the solution in a JSON file, as `mpqc allocate -o` writes it. UserError: it is none."""
+    value = _read(path)
+    if fault := schemas.check(value, "allocation-solution"):
+        raise UserError(f"'{path}' is no plan as `mpqc allocate -o` writes it: {fault}")
+    assert isinstance(value, dict)
+    choices: dict[str, str] = value["choices"]
+    return choices
+
+
+def _read(path: str | Path) -> object:
+    try:
+        return decode_json(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"'{path}' is not valid JSON: {error}") from error
 
 
 def _parse(value: Any) -> Problem:

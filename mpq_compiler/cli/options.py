@@ -118,6 +118,7 @@ def add_lowering(parser: argparse.ArgumentParser, table: bool = True) -> None:
     )
     if table:
         how.add_argument("--sensitivity", metavar="TABLE.json", help="use this table instead of measuring")
+        how.add_argument("--plan", metavar="PLAN.json", help="use this plan, of `mpqc allocate -o`, instead of budgets")
     add_machine(how)
     how.add_argument(
         "--distributed",

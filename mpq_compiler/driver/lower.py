@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 
 from mpq_compiler.allocation import costs, pose, sensitivity_table
+from mpq_compiler.allocation.problem import load_plan
 from mpq_compiler.driver import specialize
 from mpq_compiler.driver.dump_writer import Writer
 from mpq_compiler.driver.held_out import held_out
@@ -20,6 +21,7 @@ from mpq_compiler.frontend import calibration_file, call_file
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import device
+from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.program import Program, Stage, TensorStore
 from mpq_compiler.latency import table as tables
@@ -169,6 +171,7 @@ def lower(
         if options.calibration is None
         else calibration_file.split(calibration_file.load(denoiser, options.calibration))[0],
         sensitivity=table,
+        plan=None if options.plan is None else load_plan(options.plan),
         latency=latency,
         fits=FitCache() if latency is None else latency.fits,
         numerics=targets.numerics_of(options.target) if with_role(passes, Role.CHOOSES_NUMERICS) else (),
@@ -199,6 +202,7 @@ def lower(
             sizes = [latent[1:] for latent in parse_shapes(options.shapes) if latent is not None][1:]
             laid_out[:] = [program, *(specialize.laid_out(program, denoiser, size, passes) for size in sizes)]
             laid_out.extend(specialize.traced(kind, passes) for kind in denoiser.kinds)
+            _check_plan(program, session.plan)
         if step.provides >= {"time-groups"} and session.sensitivity is None:
             _check_budget(program, passes, latency)
 
@@ -260,6 +264,12 @@ def latency_table_of(options: Options, target: targets.Target) -> tables.Table |
     here = None if targets.missing_features(target) else cpu()
     tables.require_of(table, target.name, here, options.threads)
     return table
+
+
+def _check_plan(program: Program, plan: Mapping[str, str] | None) -> None:
+    """Raises a UserError for a given plan of which no layer is the program's; `BitAllocation` is as exact as can be."""
+    if plan is not None and not plan.keys() & {str(weight_path(node)) for node in program.quantizable}:
+        raise UserError(f"the plan is another model's: {program.model} has none of its {len(plan)} layers")
 
 
 def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:

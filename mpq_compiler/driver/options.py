@@ -52,6 +52,8 @@ class Options:
     """A safetensors file with the conditions to sample with, for models whose encoders are elsewhere."""
     sensitivity: str | Path | None = None
     """A sensitivity table of the model, in place of measuring one."""
+    plan: str | Path | None = None
+    """A plan that `mpqc allocate -o` wrote, in place of budgets and of measuring what they need."""
     numerics: str | None = None
     """The numerics mode: "portable" has equal bits on every CPU target, "fast" adds bfloat16 and 8-bit attentions.
 

@@ -109,6 +109,8 @@ def compile_pipeline(
     chosen = Options(**(options | {"weights": None} if apart else options))
     pipelines.check_output(output, chosen.overwrite)
     check(chosen)
+    if chosen.plan is not None:
+        raise UserError("--plan is of one denoiser: compile that of the pipeline alone with --parts denoiser")
     denoiser = require_parts(source, parts)
     texts = [*prompts] or pipeline_parts.prompts()
     if decoder is not None:

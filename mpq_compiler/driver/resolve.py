@@ -40,7 +40,7 @@ def resolve(options: Options) -> list[Pass]:
         raise UserError(f"--seed {options.seed} must be 0 to {MOST_SEED}")
     if options.sensitivity is not None:
         recipe = _require_choice(recipe)
-    recipe = _with_budgets(recipe, options)
+    recipe = _with_budgets(recipe, options) if options.plan is None else _with_plan(recipe, options)
     recipe = _with_settings(recipe, samples=options.samples, steps=options.steps)
     if options.steps is not None:
         recipe = _with_fewer_steps(recipe, options.steps)
@@ -128,6 +128,19 @@ def _require_choice(recipe: Recipe) -> Recipe:
     if (uniform := recipe.options.get(allocator, {}).get("uniform")) not in (None, "none"):
         raise UserError(f"--sensitivity changes nothing where every layer has the format {uniform}: leave it out")
     return recipe
+
+
+def _with_plan(recipe: Recipe, options: Options) -> Recipe:
+    """Has the allocator take a given plan, and leaves out what measures for it.
+
+    UserError: options that decide on a plan too.
+    """
+    for name in ("weights", "activations", "bops", "latency", "objective", "sensitivity"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} and --plan exclude each other: the plan is what a budget would decide on")
+    kept = tuple(step.name() for step in _passes_of(recipe) if step.role is not Role.MEASURES)
+    options_of = {name: given for name, given in recipe.options.items() if name in kept}
+    return _with_settings(replace(recipe, pipeline=kept, options=options_of), weights="none", plan=True)
 
 
 def _with_budgets(recipe: Recipe, options: Options) -> Recipe:

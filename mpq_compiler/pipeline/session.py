@@ -51,6 +51,8 @@ class Session(RunContext):
     """Recorded inputs by name; None: recorded by sampling."""
     sensitivity: SensitivityTable | None = None
     """A measured table; None: measured here."""
+    plan: Mapping[str, str] | None = None
+    """The choice of each layer as an allocation names it ("int4 u8"), where a plan is given."""
     latency: LayerTimes | None = None
     """Times of layers in each format on the target, where they are asked for."""
     numerics: tuple[str, ...] = NUMERICS

@@ -271,6 +271,12 @@ def test_measure_once_allocate_often(folder: Path, model: Path, capsys: pytest.C
     assert f"measured together, {chosen['objective']:.2e} by the sum of its losses (" in told
     assert report["additivity"]["expected"] == pytest.approx(chosen["objective"])
     assert {row["name"]: f"{row['weight']} u8" for row in report["layers"]} == chosen["choices"]
+    given = command(
+        folder,
+        *("compile", model, "-o", folder / "given.mpq", "--plan", solution, "--target", "reference", *QUICK),
+    )
+    assert [row | {"loss": None} for row in report["layers"]] == given["layers"]
+    assert {row["name"] for row in report["passes"]} - {row["name"] for row in given["passes"]} == {"sensitivity"}
     fewer = command(folder, "allocate", table, "--weights", "3.2")
     assert fewer["objective"] > chosen["objective"]
     decibels = command(folder, "allocate", table, "--weights", "4", "--objective", "paper-db")

@@ -42,6 +42,48 @@ def loss(program: Program) -> float:
     return sum(table[path][plan.format] for path, plan in program.weights.items())
 
 
+def given(plan: dict[str, str] | None, **options) -> Program:
+    """The program that takes a plan, of which nothing was measured."""
+    program = programs.after(MODEL, "sensitivity").fork()
+    del program.facts[SENSITIVITY]
+    return BitAllocation(given=True, **options).run(program, Session(plan=plan))
+
+
+def test_a_given_plan_is_taken_as_it_is():
+    solved = planned(weights=5.0)
+    taken = given(solved.facts[ALLOCATION]["choices"])
+    assert {path: plan.format for path, plan in taken.weights.items()} == {
+        path: plan.format for path, plan in solved.weights.items()
+    }
+    assert {edge: plan.bits for edge, plan in taken.activations.items()} == {
+        edge: plan.bits for edge, plan in solved.activations.items()
+    }
+    assert costs.stored_bytes(taken) == costs.stored_bytes(solved)
+
+
+def test_a_given_plan_of_another_model_or_of_no_choices():
+    choices = planned(weights=5.0).facts[ALLOCATION]["choices"]
+    first, *rest = choices
+    edges = defaultdict(list)
+    for node in programs.after(MODEL, "sensitivity").quantizable:
+        edges[input_edge(node).name].append(str(costs.weight_path(node)))
+    one, other = next(paths for paths in edges.values() if len(paths) > 1)[:2]
+    for plan, sentence in (
+        ({name: choices[name] for name in rest}, f"another model's: it lacks '{first}', of 1 layers"),
+        (choices | {"b.weight": "int4 u8", "a.weight": "int4 u8"}, "it has 'a.weight', of 2 layers"),
+        (choices | {first: "int4"}, f"'int4' for '{first}', which is no choice"),
+        (choices | {first: "int4 u99"}, f"'int4 u99' for '{first}', which is no choice"),
+        (choices | {first: "int44 u8"}, "int44"),
+        (choices | {one: "int4 u8", other: "int4 u4"}, f"8 bits for what '{one}' reads, and 4 where '{other}'"),
+        (None, "needs a plan"),
+    ):
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            given(plan)
+    for option, value in (("uniform", "int8"), ("objective", "scores")):
+        with pytest.raises(UserError, match=f"without bit-allocation{{{option}}}"):
+            BitAllocation(given=True, **{option: value})
+
+
 @pytest.mark.invariant("fz-rmq-6")
 def test_the_budget_is_met_and_used():
     previous = float("inf")
