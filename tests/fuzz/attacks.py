@@ -213,6 +213,24 @@ def allocation(base: Path, scratch: Path, chance: random.Random) -> str:
     return said("allocate", scratch / "problem.json", "--time-limit", "2")
 
 
+def table(folder: Path) -> None:
+    """A sensitivity table, and a plan of it."""
+    path, pipeline = tiny.save("dit", folder), "trace,layout,calibrate{samples=2,steps=2},time-groups,sensitivity"
+    measured = folder / "table.json"
+    assert said("sensitivity", path, "-o", measured, "--pipeline", f"{pipeline}{{inputs=2}}") == TAKEN
+    assert said("allocate", measured, "--weights", "4", "-o", folder / "plan.json") == TAKEN
+
+
+def tables(base: Path, scratch: Path, chance: random.Random) -> str:
+    from mpq_compiler.allocation.problem import load_plan
+
+    name = chance.choice(["table.json", "table.json", "plan.json"])
+    (scratch / name).write_bytes(_mutant_of(base / name, chance))
+    if name == "plan.json":
+        return tried(lambda: load_plan(scratch / name))
+    return said("allocate", scratch / name, "--weights", "4", "--activations", "8", "--time-limit", "2")
+
+
 def recipe(folder: Path) -> None:
     from mpq_compiler.pipeline import recipes
 
@@ -405,6 +423,7 @@ ATTACKS = {
     "weights, hashes right": Attack(artifact, resealed_weights),
     "cache": Attack(nothing, cached),
     "allocation problem": Attack(problem, allocation),
+    "sensitivity table, plan": Attack(table, tables, 0.5),
     "recipe": Attack(recipe, recipes_),
     "pipeline text": Attack(nothing, pipelines),
     "model folder": Attack(model, models, 0.2),
