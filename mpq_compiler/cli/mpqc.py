@@ -102,6 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     args = parser().parse_args(arguments)
     terminal.output.stderr = args.json == "-"
+    UserError.command_line = True
     try:
         if args.json not in (None, "-"):
             output.require_new(args.json, overwrite=True)
@@ -133,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _defect(args, error)
     finally:
-        terminal.output.stderr = False
+        terminal.output.stderr = UserError.command_line = False
 
 
 _came: list[int] = []

@@ -94,7 +94,7 @@ def test_a_model_of_fewer_channels_than_its_latents(tmp_path: Path) -> None:
     model = tiny.model("unet2d", in_channels=6)
     loaded = denoiser.wrap(model, name="larger")
     assert not loaded.whole and not loaded.conditioning.possible
-    with pytest.raises(UserError, match="cannot be sampled alone: give recorded inputs with --calibration"):
+    with pytest.raises(UserError, match="cannot be sampled alone: give recorded inputs with calibration=FILE"):
         compile.compile(loaded, tmp_path / "out.mpq", target="reference")
     given = loaded.random_inputs(16)
     given["timestep"] = torch.arange(999, 0, -63)[:16]
