@@ -7,12 +7,9 @@ import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpq_compiler.support.execution import require_counts
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 PER_CALL = "threads of a call (default: what the artifact was compiled with, else every core)"
 MEASURED_HERE = "times of kernels, by `mpqc latency` (default with --latency: measured here)"
@@ -21,9 +18,10 @@ MEASURED_HERE = "times of kernels, by `mpqc latency` (default with --latency: me
 class Commands:
     """The commands of a parser, each with the function that runs it (`argparse`'s default ``run``)."""
 
-    def __init__(self, subparsers: Subparsers, shared: argparse.ArgumentParser) -> None:
-        """``shared``: a parser with the options of every command."""
-        self._subparsers, self._shared = subparsers, shared
+    def __init__(self, top: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+        """``top``: the parser of the whole command line. ``shared``: one with the options of every command."""
+        self.top, self._shared = top, shared
+        self._subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(self, name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
         """The parser of a new command. ``run`` returns the command's result as plain data; ``text`` says what it is."""
