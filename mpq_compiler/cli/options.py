@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,12 @@ def add_conditions(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--conditions", metavar="FILE", help="safetensors with conditions to sample with (docs/calibration.md)"
     )
+
+
+def add_order(parser: argparse.ArgumentParser, of: str, columns: Iterable[str]) -> None:
+    """Add which rows a long table has, and their order; ``of`` is the option that prints it."""
+    parser.add_argument("--sort", metavar="COLUMN", choices=columns, help=f"of {of}: by {', '.join(columns)}")
+    parser.add_argument("--top", type=int, metavar="N", help=f"of {of}: the first N rows")
 
 
 def add_threads(parser: argparse.ArgumentParser, text: str = PER_CALL) -> None:

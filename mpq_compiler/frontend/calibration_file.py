@@ -91,7 +91,7 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
             )
     counts = {len(value) for value in found.values()}
     if len(counts) != 1 or 0 in counts:
-        (few, fewest), *_, (many, most) = sorted(((name, len(v)) for name, v in found.items()), key=lambda item: item[1])
+        (few, fewest), *_, (many, most) = sorted(((n, len(v)) for n, v in found.items()), key=lambda item: item[1])
         raise UserError(
             f"the calibration file '{path}' must hold equally many rows of every input, and holds {fewest} of '{few}' "
             f"and {most} of '{many}'"
