@@ -6,11 +6,13 @@
 >>> mpq_compiler.allocate(mpq_compiler.Problem.load("problem.json"))
 
 Names are imported when first used, so that running an artifact never imports torch.
+Their types are in __init__.pyi, which `python -m tests.harness.stub` writes.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from importlib import metadata
+from typing import Any
 
 from mpq_compiler import _moved
 from mpq_compiler.runtime import pretrained
@@ -20,23 +22,7 @@ from mpq_compiler.support.checkout import require_links
 require_links()
 _moved.install()
 
-if TYPE_CHECKING:
-    from mpq_compiler.allocation.problem import Problem
-    from mpq_compiler.allocation.solver import solve as allocate
-    from mpq_compiler.api.compile import compile, estimate
-    from mpq_compiler.artifact.bundle import read as verify
-    from mpq_compiler.cli.demo import demo
-    from mpq_compiler.cli.inspect import inspect
-    from mpq_compiler.driver.measure import measure_latency, measure_sensitivity
-    from mpq_compiler.driver.report import Report
-    from mpq_compiler.evaluation.evaluate import evaluate
-    from mpq_compiler.frontend.denoiser import load as load_denoiser
-    from mpq_compiler.frontend.record import record_inputs
-    from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser, load
-    from mpq_compiler.runtime.pipeline import CompiledPipeline, load_pipeline
-    from mpq_compiler.support.errors import UserError
-
-_API = {
+_API = {  # public name: where it is
     "CompiledDenoiser": "runtime.compiled_denoiser:CompiledDenoiser",
     "CompiledPipeline": "runtime.pipeline:CompiledPipeline",
     "Problem": "allocation.problem:Problem",
@@ -57,29 +43,12 @@ _API = {
     "verify": "artifact.bundle:read",
 }
 
-__all__ = [
-    "CompiledDenoiser",
-    "CompiledPipeline",
-    "Problem",
-    "Report",
-    "UserError",
-    "allocate",
-    "compile",
-    "demo",
-    "estimate",
-    "evaluate",
-    "inspect",
-    "load",
-    "load_denoiser",
-    "load_pipeline",
-    "measure_latency",
-    "measure_sensitivity",
-    "record_inputs",
-    "verify",
-]
+__all__ = [*_API]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return metadata.version("mpq-compiler")
     if name not in _API:
         raise AttributeError(f"module 'mpq_compiler' has no attribute '{name}'")
     found = plugins.attribute(f"mpq_compiler.{_API[name]}")
@@ -89,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+    return [*__all__, *(name for name in (*globals(), "__version__") if name.startswith("__"))]

@@ -15,7 +15,7 @@ from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.program import Program
-from mpq_compiler.pipeline.passes import Role
+from mpq_compiler.pipeline.passes import Contract, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import Scaling
@@ -55,6 +55,7 @@ class Equalize(RewriteSearch):
         %time_embedding_linear_1 = aten.linear(%time_proj_cat_1_scaled, .weight:equalized, .bias)
     """
 
+    contract: ClassVar[Contract] = Contract.REWRITE
     role: ClassVar[Role | None] = Role.REWRITES
     capped: ClassVar[frozenset[str]] = frozenset({"steps"})
     width: ClassVar[str | None] = "activations"

@@ -16,7 +16,7 @@ from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.graph import prune, weight_of
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.weight_basis import Rotated, record
-from mpq_compiler.pipeline.passes import Role
+from mpq_compiler.pipeline.passes import Contract, Role
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization import rewrite_gain
 from mpq_compiler.quantization.channel_scaling import sharing
@@ -41,6 +41,7 @@ class Rotate(RewriteSearch):
         %mid_block_attentions_0_to_q               = aten.linear(%mid_block_attentions_0_group_norm_rotated, ...)
     """
 
+    contract: ClassVar[Contract] = Contract.REWRITE
     role: ClassVar[Role | None] = Role.REWRITES
     capped: ClassVar[frozenset[str]] = frozenset({"steps"})
     width: ClassVar[str | None] = "activations"

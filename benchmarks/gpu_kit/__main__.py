@@ -175,6 +175,7 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="of step 1: suites of tests/backends/cuda")
     parser.add_argument("--pythons", nargs="*", choices=PYTHONS, default=list(PYTHONS), help="of the machine (both)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (2)")
+    UserError.command_line = True
     try:
         build(parser.parse_args())
     except UserError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,7 +13,9 @@ from mpq_compiler.api import diffusers
 from mpq_compiler.artifact.pipeline import DENOISER
 from mpq_compiler.driver import pipeline as pipelines
 from mpq_compiler.driver.compile import compile_denoiser
+from mpq_compiler.driver.documented import documented
 from mpq_compiler.driver.estimate import Estimate, estimate_denoiser
+from mpq_compiler.driver.options import require_known
 from mpq_compiler.driver.report import Report
 from mpq_compiler.frontend import calibration_file, call_file, pipeline_parts
 from mpq_compiler.frontend.call_module import variations
@@ -26,27 +28,53 @@ from mpq_compiler.support.errors import UserError
 
 EXAMPLES = 16
 """Calls that calibrate a model of which one is given."""
+ARGUMENTS = ("example", "calls", "parts", "decoder", "prompts")
+"""The keyword arguments of `compile` that are no options."""
+Planned = Callable[[Estimate, str | None], None]
 
 
 @overload
 def compile(
-    model: str | Path | Denoiser, output: str | Path, progress: Progress | None = None, **options: Any
+    model: str | Path | Denoiser,
+    output: str | Path,
+    progress: Progress | None = None,
+    *,
+    parts: Sequence[str] | None = None,
+    decoder: str | Path | torch.nn.Module | None = None,
+    prompts: Sequence[str] = (),
+    planned: Planned | None = None,
+    **options: Any,
 ) -> Report: ...
 
 
 @overload
-def compile(model: Any, output: str | Path, progress: Progress | None = None, **options: Any) -> Any: ...
-
-
 def compile(
     model: Any,
     output: str | Path,
     progress: Progress | None = None,
     *,
     example: Arguments | Sequence[Arguments] | None = None,
+    calls: Sequence[str | Arguments] = (),
     parts: Sequence[str] | None = None,
     decoder: str | Path | torch.nn.Module | None = None,
     prompts: Sequence[str] = (),
+    planned: Planned | None = None,
+    **options: Any,
+) -> Any: ...
+
+
+@documented
+def compile(
+    model: Any,
+    output: str | Path,
+    progress: Progress | None = None,
+    *,
+    example: Arguments | Sequence[Arguments] | None = None,
+    calls: Sequence[str | Arguments] = (),
+    parts: Sequence[str] | None = None,
+    decoder: str | Path | torch.nn.Module | None = None,
+    prompts: Sequence[str] = (),
+    planned: Planned | None = None,
     **options: Any,
 ) -> Any:
     """Compiles a model to an artifact, or a pipeline to a folder of them.
@@ -55,15 +83,18 @@ def compile(
         model: a folder, a hub id, a bundled name, a `Denoiser`, a diffusers pipeline, or any module.
         output: the artifact, a folder or a .zip.
         progress: opens progress bars, or None.
+        example: the keyword arguments of a call of the module; it is calibrated with other noise in its latents. What
+            calibrates better are recorded calls (`record_inputs`), in the option ``calibration``. A list has calls of
+            several kinds, the first of which is calibrated (docs/calibration.md).
+        calls: what a diffusers pipeline draws for calibration, as prompts or as keyword arguments of its call.
         parts: the parts of a pipeline that are compiled, `text`, `denoiser` and `decoder`; `load_pipeline` draws with
             what all of them make. None: all of a folder, and of a pipeline in memory the denoiser, which is replaced.
         decoder: the autoencoder that decodes in place of the pipeline's own, or its folder.
         prompts: what the parts of a pipeline are calibrated on, in place of those of its folder's prompts.txt, or of
             ours.
-        example: the keyword arguments of a call of the module; it is calibrated with other noise in its latents. What
-            calibrates better are recorded calls (`record_inputs`), in the option ``calibration``. A list has calls of
-            several kinds, the first of which is calibrated (docs/calibration.md).
-        options: fields of `driver.options.Options`.
+        planned: is called before anything is measured, with the `Estimate`, and with a sentence where the memory
+            lowered the number of jobs, or None.
+        options: as listed below.
 
     Returns:
         The `Report`; of several parts a `PipelineReport`; for a pipeline in memory the pipeline itself, with its
@@ -72,6 +103,7 @@ def compile(
     Raises:
         UserError: an input that cannot be compiled; nothing is left at ``output`` then.
     """
+    require_known(options, ARGUMENTS)
     folder = isinstance(model, str | Path) and pipelines.is_pipeline(model) and parts != (DENOISER,)
     if folder or (denoiser_of(model) is not None and parts is not None):
         decodes = pipelines.load_decoder(decoder) if isinstance(decoder, str | Path) else decoder
@@ -80,7 +112,7 @@ def compile(
         if isinstance(model, str | Path) and not prompts:
             prompts = pipeline_parts.prompts(folder=place_of(model))
         return pipelines.compile_pipeline(
-            whole, output, progress, parts=chosen, decoder=decodes, prompts=prompts, **options
+            whole, output, progress, planned, parts=chosen, decoder=decodes, prompts=prompts, **options
         )
     if parts not in (None, (DENOISER,)):
         raise UserError("parts are those of a pipeline, with a text encoder and a decoder: leave --parts out")
@@ -88,9 +120,11 @@ def compile(
         idle = "decoder" if decoder else "prompts"
         raise UserError(f"--{idle} is of a pipeline that is compiled with all its parts: leave it out")
     if denoiser_of(model) is not None:
-        return diffusers.compile_pipeline(model, output, progress, **options)
+        return diffusers.compile_pipeline(model, output, progress, planned, calls=calls, **options)
+    if calls:
+        raise UserError("calls are those of a diffusers pipeline in memory: give that, or leave them out")
     if isinstance(model, torch.nn.Module):
-        return _by_calls(model, output, progress, example, options)
+        return _by_calls(model, output, progress, planned, example, options)
     if not isinstance(model, str | Path | Denoiser):
         raise UserError(
             f"cannot compile a {type(model).__name__}: give a folder, a hub id, a bundled name, a diffusers pipeline, "
@@ -98,16 +132,17 @@ def compile(
         )
     if example is not None:
         raise UserError("an example is of a module in memory: give the module, or recorded calls with `calibration`")
-    return compile_denoiser(model, output, progress, **options)
+    return compile_denoiser(model, output, progress, planned, **options)
 
 
+@documented
 def estimate(model: str | Path | Denoiser, progress: Progress | None = None, **options: Any) -> Estimate:
     """Estimates what compiling a model takes: seconds, memory and disk of each pass. Nothing but the trace is run.
 
     Args:
         model: a folder, a hub id, a bundled name, or a `Denoiser`.
         progress: opens progress bars, or None.
-        options: fields of `driver.options.Options`.
+        options: as listed below.
 
     Raises:
         UserError: an input that cannot be compiled, or that takes more memory or disk than there is.
@@ -119,6 +154,7 @@ def _by_calls(
     model: torch.nn.Module,
     output: str | Path,
     progress: Progress | None,
+    planned: Planned | None,
     example: Arguments | Sequence[Arguments] | None,
     options: dict[str, Any],
 ) -> Report:
@@ -130,7 +166,7 @@ def _by_calls(
         )
     if example is None and not call_file.has_call(calibration):
         tokens = calibration_file.tokens(calibration)
-        return compile_denoiser(wrap(model, name=kind, tokens=tokens), output, progress, **options)
+        return compile_denoiser(wrap(model, name=kind, tokens=tokens), output, progress, planned, **options)
     latent, time = options.pop("latent", None), options.pop("time", None)
     with tempfile.TemporaryDirectory() as scratch:
         if example is not None:
@@ -139,4 +175,4 @@ def _by_calls(
             calls = [call for one in examples for call in variations(model, one, EXAMPLES, seed, latent)]
             call_file.write(options["calibration"], model, calls, latent=latent, time=time)
         denoiser = wrap_calls(model, options["calibration"], name=kind, latent=latent, time=time)
-        return compile_denoiser(denoiser, output, progress, **options)
+        return compile_denoiser(denoiser, output, progress, planned, **options)

@@ -11,7 +11,7 @@ import copy
 import inspect
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def compile_pipeline(
     pipeline: Any,
     output: str | Path,
     progress: Any = None,
+    planned: Callable[..., None] | None = None,
     *,
     calls: Sequence[str | Mapping[str, Any]] = (),
     **options: Any,
@@ -46,6 +47,7 @@ def compile_pipeline(
         pipeline: on the CPU; it is changed in place.
         output: the artifact.
         progress: opens progress bars, or None.
+        planned: is called before anything is measured, as `compile_denoiser` does.
         calls: what the pipeline draws for calibration, as prompts or as keyword arguments of its call. Without them the
             options must name recorded inputs, or the denoiser is sampled alone where it takes no text.
         options: fields of `Options`. `steps`, `guidance` and `seed` apply to `calls`, too, unless these say otherwise.
@@ -84,7 +86,7 @@ def compile_pipeline(
         said = {}
         if call_file.has_call(calibration):
             said = {name: options.pop(name, None) for name in ("latent", "time")}
-        report = compile_denoiser(_denoiser(pipeline, part, calibration, **said), output, progress, **options)
+        report = compile_denoiser(_denoiser(pipeline, part, calibration, **said), output, progress, planned, **options)
     for note in report.notes:
         warnings.warn(note, Notice, stacklevel=3)
     compiled = compiled_denoiser.load(output)

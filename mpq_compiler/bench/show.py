@@ -7,13 +7,14 @@ from typing import Any
 
 from mpq_compiler.bench.subject import OURS, REUSING
 from mpq_compiler.support import terminal
+from mpq_compiler.support.legend import legend
 
 SHOWN = 20
 """Layers that are told of, of those that would be faster otherwise."""
 
 
-def show(found: Mapping[str, Any], kernels: bool) -> None:
-    """Prints the result."""
+def show(found: Mapping[str, Any], kernels: bool, sort: str | None = None, top: int | None = None) -> None:
+    """Prints the result, and all ``kernels`` or the ``top`` ones, in the order of a value or in that of the program."""
     ours = found["rows"][0]
     clock = "CPU" if found["clock"] == "cpu" else "wall"
     terminal.table(
@@ -54,7 +55,7 @@ def show(found: Mapping[str, Any], kernels: bool) -> None:
     if found["latency"] is not None:
         _show_latency(found["latency"])
     if kernels:
-        _show_kernels(found["kernels"])
+        _show_kernels(found["kernels"], sort, top)
 
 
 def _show_latency(found: Mapping[str, Any]) -> None:
@@ -84,7 +85,7 @@ def _show_latency(found: Mapping[str, Any]) -> None:
     )
 
 
-def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
+def _show_kernels(rows: Sequence[terminal.Row], sort: str | None, top: int | None) -> None:
     families: dict[str, list[float]] = {}
     for row in rows:
         families.setdefault(row["template"], []).append(row["ms"])
@@ -92,8 +93,9 @@ def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         parts.setdefault(row["part"], []).append(row["ms"])
     total = sum(row["ms"] for row in rows)
+    shown = terminal.arranged(rows, sort, top)
     terminal.table(
-        "kernels",
+        "kernels" + (f", {len(shown)} of {len(rows)}" if len(shown) < len(rows) else ""),
         ("layer or node", "kernel", "weights", "ms", "share", "operands", "GMAC/s", "of the peak"),
         [
             (
@@ -106,10 +108,12 @@ def _show_kernels(rows: Sequence[Mapping[str, Any]]) -> None:
                 "" if row["gmacs"] is None else f"{row['gmacs']:.1f}",
                 "" if row["reached"] is None else f"{100 * row['reached']:.0f} %",
             )
-            for row in rows
+            for row in shown
         ],
         numeric=range(3, 8),
     )
+    if said := legend([row["weights"] or "" for row in shown], terminal.output.width):
+        terminal.say(said)
     terminal.table(
         f"families, {total:.3f} ms in all",
         ("kernel", "calls", "ms", "share"),

@@ -6,13 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpq_compiler.cli import output
-from mpq_compiler.cli.options import Commands, add_key
+from mpq_compiler.cli import options, output
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import require_counts
+
+KERNELS = {
+    **{"layer": "layer", "kernel": "template", "weights": "weights", "ms": "ms"},
+    **{"operands": "bytes", "GMAC/s": "gmacs", "peak": "reached"},
+}
+"""The columns of kernels that sort them, with their keys in JSON."""
 
 
-def add(commands: Commands) -> None:
+def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
     parser = commands.add(
         "bench", run, "the speed of artifacts on this machine, whole and kernel by kernel, beside others"
@@ -27,6 +33,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--batch", type=int, metavar="N", default=1, help="samples of a call (1)")
     parser.add_argument("--rounds", type=int, metavar="N", default=15, help="in which all take turns (15)")
     parser.add_argument("--kernels", action="store_true", help="also the time of each kernel call")
+    options.add_order(parser, "--kernels", KERNELS)
     parser.add_argument(
         "--latency-table", metavar="FILE",
         help="of `mpqc latency`: predicted against measured time, and layers that would be faster in another format",
@@ -37,7 +44,7 @@ def add(commands: Commands) -> None:
         "--rpc", metavar="HOST:PORT",
         help="on the device where mpq_rpc listens; the environment's MPQ_TOKEN is its token (docs/standalone.md)",
     )  # fmt: skip
-    add_key(parser)
+    options.add_key(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a plot that exists")
 
 
@@ -45,13 +52,17 @@ def run(args: argparse.Namespace) -> Any:
     """Time the artifacts here or on a device, show the table, and return it (schemas/bench.json)."""
     from mpq_compiler.bench.show import show
 
+    if (args.sort or args.top is not None) and not args.kernels:
+        raise UserError("--sort and --top are of the table of --kernels: add that, or leave them out")
+    if args.top is not None:
+        require_counts(top=args.top)
     plot = Path(args.plot) if args.plot else None
     if plot is not None:
         if plot.suffix != ".svg":
             raise UserError(f"--plot {plot}: the plot is drawn as SVG; name it {plot.stem}.svg")
         output.require_new(plot, args.overwrite)
     found = _on_device(args) if args.rpc else _here(args)
-    show(found, args.kernels)
+    show(found, args.kernels, args.sort and KERNELS[args.sort], args.top)
     if plot is not None:
         from mpq_compiler.bench.roofline import roofline
 

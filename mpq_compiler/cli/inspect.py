@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mpq_compiler.cli import output, shares
-from mpq_compiler.cli.options import Commands
+from mpq_compiler.cli import options, output, shares
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.execution import require_counts
+from mpq_compiler.support.legend import legend
 
 if TYPE_CHECKING:
     from mpq_compiler.artifact.pipeline import Pipeline
 
+COLUMNS = {"layer": "name", **{name: name for name in ("weight", "activation", "bytes", "loss")}}
+"""The columns of layers that sort them, with their keys in JSON."""
 
-def add(commands: Commands) -> None:
+
+def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
     parser = commands.add("inspect", run, "look at the dumps of a compilation, or into an artifact")
     parser.add_argument("path", metavar="DUMPS|ARTIFACT")
@@ -31,6 +36,7 @@ def add(commands: Commands) -> None:
     what.add_argument("--scores", action="store_true", help="by operation, unit and block (recipe qua2sedimo)")
     what.add_argument("--html", metavar="FILE", help="everything as one page, charts included")
     parser.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
+    options.add_order(parser, "--layers", COLUMNS)
     parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
 
 
@@ -39,7 +45,8 @@ def run(args: argparse.Namespace) -> Any:
     path = Path(args.path)
     if not args.html:
         with _unverified(path):
-            return inspect(path, args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores)
+            asked = (args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores, args.sort, args.top)
+            return inspect(path, *asked)
     page = Path(args.html)
     output.require_new(page, args.overwrite)
     with _unverified(path):
@@ -69,6 +76,8 @@ def inspect(
     bisect: bool = False,
     why: str | None = None,
     scores: bool = False,
+    sort: str | None = None,
+    top: int | None = None,
 ) -> Any:
     """Prints what is asked for and returns it as plain data.
 
@@ -76,6 +85,11 @@ def inspect(
     """
     from mpq_compiler.artifact.pipeline import is_pipeline
 
+    if (sort is not None or top is not None) and not layers:
+        raise UserError("--sort and --top are of the table of --layers: add that, or leave them out")
+    if top is not None:
+        require_counts(top=top)
+    order = Order(sort, top)
     if is_pipeline(path):
         if pass_name or diff or bisect or scores or layers:
             raise UserError(f"'{path}' is a pipeline: name one of its parts, such as {path}/unet, or ask --why PART")
@@ -88,11 +102,11 @@ def inspect(
         if pass_name or diff or bisect:
             asked = "--pass" if pass_name else "--diff" if diff else "--bisect"
             raise UserError(f"'{path}' is an artifact; {asked} needs the folder of a compilation's --dumps")
-        return _artifact(path, layers)
+        return _artifact(path, layers, order)
     if layers and (pass_name or diff or bisect):
         raise UserError("--layers goes with none of --pass, --diff and --bisect: ask one after the other")
     if layers:
-        return _layers(path)
+        return _layers(path, order)
     return _bisect(path) if bisect else _dumps(path, pass_name, diff)
 
 
@@ -206,14 +220,14 @@ def _bisect(path: Path) -> dict[str, Any]:
     return found
 
 
-def _artifact(path: Path, layers: bool) -> dict[str, Any]:
+def _artifact(path: Path, layers: bool, order: Order) -> dict[str, Any]:
     from mpq_compiler.artifact import bundle
 
     manifest = bundle.read(path).manifest
     plan, weights = manifest.get("plan", {}), manifest["weights"]
     rows = plan.get("layers", [])
     if layers:
-        _table(path, rows, weights["payload_bytes"])
+        _table(path, rows, weights["payload_bytes"], order)
     counts: dict[str, list[int]] = {}
     for row in rows:
         counts.setdefault(row["weight"], []).append(row["bytes"])
@@ -249,27 +263,43 @@ def _artifact(path: Path, layers: bool) -> dict[str, Any]:
     }
 
 
-def _table(path: Path, rows: list[dict[str, Any]], total: int) -> None:
+class Order(NamedTuple):
+    """The order of a table of layers, by a column of `COLUMNS`, and how many of them are printed."""
+
+    sort: str | None
+    top: int | None
+
+
+def _table(path: Path, rows: list[dict[str, Any]], total: int, order: Order) -> None:
     """The layers, with their share of all stored bytes."""
+    shown = terminal.arranged(rows, order.sort and COLUMNS[order.sort], order.top)
     terminal.table(
-        f"{path}: layers",
+        f"{path}: layers" + (f", {len(shown)} of {len(rows)}" if len(shown) < len(rows) else ""),
         ("layer", "weight", "activation", "bytes", "share", "loss"),
         [
             (
                 row["name"].removesuffix(".weight"),
                 row["weight"],
-                row["activation"],
+                _short(row["activation"]),
                 row["bytes"],
                 f"{100 * row['bytes'] / total:.1f} %",
-                "" if row["loss"] is None else f"{row['loss']:.1e}",
+                None if row["loss"] is None else f"{row['loss']:.1e}",
             )
-            for row in rows
+            for row in shown
         ],
         numeric=(3, 4, 5),
     )
+    named = {name for row in shown for name in (row["weight"], _short(row["activation"]))}
+    losses = ["loss"] if any(row["loss"] is not None for row in shown) else []
+    terminal.say(legend([*named, *losses], terminal.output.width))
 
 
-def _layers(path: Path) -> dict[str, Any]:
+def _short(activation: str) -> str:
+    """The kind of an activation as artifacts write it, u8/t4."""
+    return re.sub(r" in (\d+) time groups", r"/t\1", activation).replace(" with a scale for each token", "/token")
+
+
+def _layers(path: Path, order: Order) -> dict[str, Any]:
     """The layers as the compilation that left these dumps decided on them."""
     from mpq_compiler.inspection import explain
 
@@ -292,7 +322,7 @@ def _layers(path: Path) -> dict[str, Any]:
         )
     if not rows:
         raise UserError(f"the compilation of '{path}' ended before anything was decided of its layers")
-    _table(path, rows, round(total) or 1)
+    _table(path, rows, round(total) or 1, order)
     return {"layers": rows}
 
 

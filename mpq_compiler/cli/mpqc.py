@@ -19,6 +19,7 @@ from mpq_compiler.cli import (
     bench,
     cache,
     compile,
+    completion,
     demo,
     evaluate,
     generate,
@@ -36,6 +37,7 @@ from mpq_compiler.cli import (
     verify,
 )
 from mpq_compiler.cli.options import Commands
+from mpq_compiler.cli.parser import Parser
 from mpq_compiler.support import terminal, usage
 from mpq_compiler.support.errors import Notice, UserError
 
@@ -61,7 +63,7 @@ id (owner/name, or owner/name@commit), or a bundled name (mpqc models).
 
 COMMANDS = (
     *(demo, compile, generate, tokenize, evaluate, run, verify, sign, bench, inspect, allocate, sensitivity, latency),
-    *(passes, recipes, targets, models, cache),
+    *(passes, recipes, targets, models, cache, completion),
 )
 """Modules of the commands, in the order in which the help lists them."""
 
@@ -73,6 +75,7 @@ REQUIREMENTS = {
     "tokenizers": ("tokenizers", "mpq-compiler[pipeline]"),
     "transformers": ("transformers", "mpq-compiler[compile]"),
     "tvm": ("apache-tvm", "mpq-compiler[runtime]"),
+    "shtab": ("shtab", "shtab"),
     "onnx": ("onnx", "mpq-compiler[onnx]"),
     "onnxruntime": ("onnxruntime", "mpq-compiler[onnx]"),
 }
@@ -84,9 +87,9 @@ def parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    top = argparse.ArgumentParser(prog="mpqc", description=TEACH, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(prog="mpqc", description=TEACH, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"mpqc {version('mpq-compiler')}")
-    commands = Commands(top.add_subparsers(dest="command", required=True, metavar="COMMAND"), shared)
+    commands = Commands(top, shared)
     for module in COMMANDS:
         module.add(commands)
     return top
@@ -102,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     args = parser().parse_args(arguments)
     terminal.output.stderr = args.json == "-"
+    UserError.command_line = True
     try:
         if args.json not in (None, "-"):
             output.require_new(args.json, overwrite=True)
@@ -133,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         return _defect(args, error)
     finally:
-        terminal.output.stderr = False
+        terminal.output.stderr = UserError.command_line = False
 
 
 _came: list[int] = []

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mpq_compiler.support.execution import require_counts
-
-if TYPE_CHECKING:
-    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 PER_CALL = "threads of a call (default: what the artifact was compiled with, else every core)"
 MEASURED_HERE = "times of kernels, by `mpqc latency` (default with --latency: measured here)"
@@ -21,9 +18,10 @@ MEASURED_HERE = "times of kernels, by `mpqc latency` (default with --latency: me
 class Commands:
     """The commands of a parser, each with the function that runs it (`argparse`'s default ``run``)."""
 
-    def __init__(self, subparsers: Subparsers, shared: argparse.ArgumentParser) -> None:
-        """``shared``: a parser with the options of every command."""
-        self._subparsers, self._shared = subparsers, shared
+    def __init__(self, top: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
+        """``top``: the parser of the whole command line. ``shared``: one with the options of every command."""
+        self.top, self._shared = top, shared
+        self._subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(self, name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
         """The parser of a new command. ``run`` returns the command's result as plain data; ``text`` says what it is."""
@@ -47,6 +45,12 @@ def add_conditions(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--conditions", metavar="FILE", help="safetensors with conditions to sample with (docs/calibration.md)"
     )
+
+
+def add_order(parser: argparse.ArgumentParser, of: str, columns: Iterable[str]) -> None:
+    """Add which rows a long table has, and their order; ``of`` is the option that prints it."""
+    parser.add_argument("--sort", metavar="COLUMN", choices=columns, help=f"of {of}: by {', '.join(columns)}")
+    parser.add_argument("--top", type=int, metavar="N", help=f"of {of}: the first N rows")
 
 
 def add_threads(parser: argparse.ArgumentParser, text: str = PER_CALL) -> None:

@@ -20,6 +20,11 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> Any:
     """List the passes, or describe one; a pass that cannot be imported is listed with the reason."""
+    from mpq_compiler.pipeline import outline
+
+    if not args.name and not args.json and not outline.others():
+        _print(outline.built_in())
+        return None
     from mpq_compiler.pipeline import registry
     from mpq_compiler.pipeline.describe import describe_pass, pass_text
 
@@ -30,9 +35,9 @@ def run(args: argparse.Namespace) -> Any:
     found, broken = registry.usable()
     everything = [describe_pass(p) for p in found.values()]
     everything += [{"name": name, "broken": reason} for name, reason in broken.items()]
-    terminal.table(
-        "passes, in the order of the default recipe",
-        ("pass", "contract", "purpose"),
-        [(d["name"], d.get("contract", "broken"), d.get("summary") or d["broken"]) for d in everything],
-    )
+    _print([(d["name"], d.get("contract", "broken"), d.get("summary") or d["broken"]) for d in everything])
     return everything
+
+
+def _print(rows: list[tuple[str, str, str]]) -> None:
+    terminal.table("passes, in the order of the default recipe", ("pass", "contract", "purpose"), rows)

@@ -11,6 +11,7 @@ from torch import fx
 
 from mpq_compiler.allocation import costs, sensitivity_table
 from mpq_compiler.artifact.bundle import Artifact
+from mpq_compiler.driver.documented import documented
 from mpq_compiler.driver.lower import layer_times, load_denoiser, lower
 from mpq_compiler.driver.options import Options
 from mpq_compiler.driver.resolve import resolve, with_role
@@ -39,6 +40,7 @@ ENOUGH_TO_RUN = 4
 """Random inputs with which quantizers get scales, where their values do not matter."""
 
 
+@documented
 def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **options: Any) -> SensitivityTable:
     """The sensitivity table of a model: runs the recipe's passes up to `sensitivity` (docs: `sensitivity_table`)."""
     chosen = Options(**options)
@@ -61,6 +63,7 @@ def measure_sensitivity(model: str | Path | Denoiser, progress: Any = None, **op
     return {**table, **measured}
 
 
+@documented
 def measure_latency(
     model: str | Path | Denoiser,
     progress: Any = None,

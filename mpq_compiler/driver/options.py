@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.support.execution import require_counts
 
 DEFAULT_BATCHES = (1, 2)
@@ -18,13 +20,16 @@ EFFORTS = ("none", "fast", "balanced", "best")
 
 @dataclass
 class Options:
-    """The options of a compilation, which are those of `mpqc compile`."""
+    """The options of a compilation, which are those of `mpqc compile` and the keyword arguments of `compile`."""
 
     target: str = "native"
+    """The target, one of `mpqc targets`; "native" is this machine."""
     recipe: str | Path = "default"
+    """The recipe: a name of `mpqc recipes`, or a .toml file."""
     pipeline: str | None = None
+    """The passes by hand, in the recipe's place: "trace,layout,calibrate{samples=64},..."."""
     weights: str | float | None = None
-    """The budget of weights: true average bits, or bytes as "40MB"."""
+    """The budget of weights: true average bits, or bytes as "40MB". None takes the recipe's."""
     activations: float | None = None
     """The budget of activations: their average bits."""
     bops: str | float | None = None
@@ -38,16 +43,21 @@ class Options:
     shapes: str | None = None
     """The shapes of latents, "1x4x64x64,2x4x64x64"; by default batches 1 and 2 at the configuration's size."""
     calibration: str | Path | None = None
+    """The safetensors with recorded inputs (docs/calibration.md). None samples them."""
     latent: str | None = None
     """The argument of the recorded calls with the noisy latents, where it is not the one that was found."""
     time: str | None = None
     """The argument of the recorded calls with the time, where it is not the one that was found."""
     samples: int | None = None
+    """The number of sampling trajectories that calibrate. None takes the recipe's, usually 32."""
     steps: int | None = None
+    """The number of steps of each trajectory. None takes the recipe's, usually 20."""
     scheduler: str | Path | None = None
+    """The scheduler_config.json to sample with, in the place of the model's."""
     prediction_type: str | None = None
+    """What the model predicts: "epsilon", "sample" or "v_prediction". None takes the scheduler's."""
     guidance: float | None = None
-    """Classifier-free guidance of the calibration's sampling."""
+    """The classifier-free guidance of the calibration's sampling. None samples without."""
     conditions: str | Path | None = None
     """A safetensors file with the conditions to sample with, for models whose encoders are elsewhere."""
     sensitivity: str | Path | None = None
@@ -72,6 +82,7 @@ class Options:
     lora_layers: str | tuple[str, ...] | None = None
     """The layers with such a branch: patterns of module paths, "*.attn*.to_?,proj_out"; None takes linear layers."""
     seed: int = 0
+    """The seed of everything that is drawn at random."""
     threads: int | None = None
     """The default threads of a call of the artifact; None takes every core where it is loaded."""
     emit: str | None = None
@@ -85,6 +96,7 @@ class Options:
     tune: bool = False
     """Whether to search for the fastest tiles of the integer kernels, measured here; no result depends on them."""
     jobs: int = 1
+    """The number of workers. The result is the same."""
     memory_limit: str | None = None
     """The most memory of the compilation, anonymous and shared, over all its processes: "8GB". Where it is too little
     for `jobs`, there are fewer. None: 80 % of what is free. The result is the same."""
@@ -95,9 +107,16 @@ class Options:
     """Where torch runs the model to calibrate and measure: "cpu", or "cuda" for a GPU that it sees (docs/scale.md). The
     result differs by what last bits decide."""
     cache: Path | None = None
+    """The folder of the cache. None takes the user's."""
     dumps: Path | None = None
-    """The folder for dumps of the program after every pass."""
+    """The folder for dumps of the program after every pass. None writes none."""
     overwrite: bool = False
+    """Whether to replace an artifact that exists."""
+
+    def __new__(cls, *values: object, **named: object) -> Self:
+        """Refuses names that are no options by a sentence, where the constructor would raise a TypeError."""
+        require_known(named)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         for name in ("wheels", "cache", "dumps"):
@@ -106,6 +125,14 @@ class Options:
         if isinstance(self.lora_layers, str):
             self.lora_layers = tuple(pattern.strip() for pattern in self.lora_layers.split(",") if pattern.strip())
         require_counts(jobs=self.jobs)
+
+
+def require_known(names: Iterable[str], beside: Iterable[str] = ()) -> None:
+    """UserError: a name is neither an option nor one of the arguments ``beside`` them."""
+    known = [*Options.__dataclass_fields__, *beside]
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no option '{name}': {nearest(name, known)}")
 
 
 def parse_shapes(text: str | None) -> dict[tuple[int, int, int] | None, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from mpq_compiler.sampling import schedulers
 from mpq_compiler.sampling.conditioning import TEXT
 from mpq_compiler.sampling.schedulers import FlowMatchEuler
 from mpq_compiler.support import tensorfile
-from mpq_compiler.support.errors import UserError, nearest
+from mpq_compiler.support.errors import UserError, named, nearest
 from mpq_compiler.support.files import decode_json, sha256
 
 HELD_OUT_EVERY = 4
@@ -74,7 +74,7 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
     for name in specs:
         if name not in found:
             unknown = sorted(found.keys() - specs.keys())
-            hint = f"; it holds {', '.join(unknown)}, which is none of its inputs" if unknown else ""
+            hint = f"; it holds {named(unknown)}, which it does not take" if unknown else ""
             raise UserError(f"the calibration file '{path}' lacks the input '{name}' of {denoiser.name}{hint}")
     for name, value in found.items():
         if name not in specs:
@@ -91,8 +91,11 @@ def load(denoiser: Denoiser, path: str | Path) -> dict[str, Tensor]:
             )
     counts = {len(value) for value in found.values()}
     if len(counts) != 1 or 0 in counts:
-        listed = ", ".join(f"{name} {len(value)}" for name, value in found.items())
-        raise UserError(f"the calibration file '{path}' must hold equally many rows of every input, and holds {listed}")
+        (few, fewest), *_, (many, most) = sorted(((n, len(v)) for n, v in found.items()), key=lambda item: item[1])
+        raise UserError(
+            f"the calibration file '{path}' must hold equally many rows of every input, and holds {fewest} of '{few}' "
+            f"and {most} of '{many}'"
+        )
     values = {name: _converted(name, found[name], spec.dtype, path) for name, spec in specs.items()}
     for name, spec in specs.items():
         if spec.below is not None and not bool(((values[name] >= 0) & (values[name] < spec.below)).all()):

@@ -140,13 +140,13 @@ def read_dumps(folder: str | Path) -> list[Dump]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"there is no folder '{folder}'; mpqc compile --dumps writes one")
+        raise UserError(f"there is no folder '{folder}'; `mpqc compile --dumps` writes one")
     stems = {}
     for path in folder.iterdir():
         if match := FILE.fullmatch(path.name):
             stems[f"{match[1]}-{match[2]}"] = (int(match[1]), match[2])
     if not stems:
-        raise UserError(f"'{folder}' holds no dumps (000-trace.txt ...); mpqc compile --dumps writes them")
+        raise UserError(f"'{folder}' holds no dumps (000-trace.txt ...); `mpqc compile --dumps` writes them")
     return [_read(folder, stem, *stems[stem]) for stem in sorted(stems)]
 
 

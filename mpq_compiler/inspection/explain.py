@@ -282,9 +282,9 @@ def show(found: Mapping[str, Any]) -> None:
             ("budget", "used", "of", "binds", "5 % less", "5 % more"),
             [
                 (
-                    b["cost"],
-                    f"{b['used']:.0f}",
-                    f"{b['max']:.0f}",
+                    b["cost"].replace("_", " "),
+                    f"{b['used']:,.0f}",
+                    f"{b['max']:,.0f}",
                     "yes" if b["binding"] else "no",
                     *(_otherwise(b[key]) for key in ("less", "more")),
                 )
@@ -292,17 +292,18 @@ def show(found: Mapping[str, Any]) -> None:
             ],
             numeric=(1, 2),
         )
-    if found["noise"]:
+    noise = [
+        (
+            row["pass"],
+            *(_db(row[key]) for key in ("own_db", "planned_db", "weight_db", "weight_planned_db", "sqnr_db")),
+        )
+        for row in found["noise"]
+    ]
+    if told := [row for row in noise if any(row[1:])]:
         terminal.table(
             "noise after each pass: its own on the float program's inputs, its weight's, and all that has gathered",
             ("pass", "own", "planned", "weight", "plain rounding", "SQNR so far"),
-            [
-                (
-                    row["pass"],
-                    *(_db(row[key]) for key in ("own_db", "planned_db", "weight_db", "weight_planned_db", "sqnr_db")),
-                )
-                for row in found["noise"]
-            ],
+            told,
             numeric=range(1, 6),
         )
 

@@ -95,11 +95,12 @@ def _field_docs(cls: type[Pass]) -> dict[str, str]:
     found: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         if issubclass(each, Pass):
-            found |= _own_field_docs(each)
+            found |= field_docs(each)
     return found
 
 
-def _own_field_docs(cls: type) -> dict[str, str]:
+def field_docs(cls: type) -> dict[str, str]:
+    """The note below each field in the source of a class; none where there is no source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, SyntaxError):

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+MOST_NAMED = 24
+"""Names that a hint lists at the most."""
 
 
 class UserError(Exception):
-    """Bad input or a condition of the machine; the command line prints its one sentence and exits with 1."""
+    """Bad input or a condition of the machine; the command line prints its one sentence and exits with 1.
+
+    Sentences name options as the command line spells them (``--lora-rank 4``). In Python they read as the arguments
+    that they are (``lora_rank=4``).
+    """
+
+    command_line: ClassVar[bool] = False
+    """Whether the process is a command."""
 
     def __str__(self) -> str:
         """The sentence in one line: what it quotes may hold lines, and codes that a terminal would obey."""
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        return text if self.command_line else _OPTION.sub(_argument, text)
+
+
+_OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z-]*)(?: ('[^']*'|-?[\d.]+\w*|[A-Z]+(?::[A-Z]+)?\b))?")
+"""An option of the command line, with its value where that is quoted, a number or a placeholder; or a whole command."""
+
+
+def _argument(found: re.Match[str]) -> str:
+    """The option as an argument of Python; commands stay."""
+    name, value = found.groups()
+    if name is None:
+        return found[0]
+    return name.replace("-", "_") + (f"={value}" if value else "")
 
 
 class BudgetError(UserError):
@@ -34,4 +59,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not names:
         return "there is none"
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else "there is: " + ", ".join(names)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+    return "there is: " + ", ".join(names[:MOST_NAMED]) + more

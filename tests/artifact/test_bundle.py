@@ -170,7 +170,7 @@ def test_manifest_and_tensors_must_agree(tmp_path):
 @pytest.mark.parametrize("name", ["a.mpq", "a.zip"])
 def test_existing_output_is_refused_unless_overwritten(tmp_path, name):
     write(tmp_path / name)
-    with pytest.raises(UserError, match="exists; choose another name or give --overwrite"):
+    with pytest.raises(UserError, match="exists; choose another name or give overwrite"):
         write(tmp_path / name)
     write(tmp_path / name, files={"ir.txt": b"second"}, overwrite=True)
     assert bundle.read(tmp_path / name).file("ir.txt").read_bytes() == b"second"

@@ -336,7 +336,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "package"),
     [
         (["compile", "fashion-unet", "-o", "x.mpq"], "mpq-compiler[compile]"),
-        (["passes"], "mpq-compiler[compile]"),
+        (["passes", "trace"], "mpq-compiler[compile]"),
         (["generate", "x.mpq", "-o", "x.png"], "pillow"),
     ],
 )

@@ -48,7 +48,7 @@ def test_jobs_are_as_many_as_fit(monkeypatch):
     jobs, said = fit_jobs(WORKLOAD, 3, "7.2GB")
     assert jobs == 2
     assert said == "--memory-limit 7.2GB: 2 jobs in place of 3, which would take about 10.3GB"
-    with pytest.raises(UserError, match=r"about 4\.1GB with --jobs 1; give --memory-limit 4\.1GB or more"):
+    with pytest.raises(UserError, match=r"about 4\.1GB with jobs=1; give memory_limit=4\.1GB or more"):
         fit_jobs(WORKLOAD, 2, "4GB")
     assert fit_jobs(WORKLOAD, 2, "4.1GB")[0] == 1
 

@@ -94,7 +94,7 @@ def test_a_model_of_fewer_channels_than_its_latents(tmp_path: Path) -> None:
     model = tiny.model("unet2d", in_channels=6)
     loaded = denoiser.wrap(model, name="larger")
     assert not loaded.whole and not loaded.conditioning.possible
-    with pytest.raises(UserError, match="cannot be sampled alone: give recorded inputs with --calibration"):
+    with pytest.raises(UserError, match="cannot be sampled alone: give recorded inputs with calibration=FILE"):
         compile.compile(loaded, tmp_path / "out.mpq", target="reference")
     given = loaded.random_inputs(16)
     given["timestep"] = torch.arange(999, 0, -63)[:16]
@@ -238,7 +238,7 @@ def _replace(name: str, value: torch.Tensor | None) -> Tensors:
         ("timesteps", torch.zeros(4), "did you mean 'timestep'"),
         ("sample", torch.zeros(4, 3, 8, 8), r"is \[4, 3, 8, 8\], where .* takes f32\[B,4,16,16\]"),
         ("timestep", torch.tensor(3), r"'timestep' .* is \[\]"),
-        ("timestep", torch.arange(3), "equally many rows"),
+        ("timestep", torch.arange(3), "equally many rows of every input, and holds 3 of 'timestep' and 4 of '"),
         ("sample", torch.zeros(4, 4, 16, 16, dtype=torch.int32), "is int32, and must be float32"),
         ("sample", torch.full((4, 4, 16, 16), torch.nan), "holds NaN or infinity"),
     ],
@@ -248,6 +248,13 @@ def test_faults_are_named(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         calibration_file.load(loaded, written(_replace(name, value), tmp_path))
+
+
+def test_weights_are_no_calibration_and_the_sentence_is_short(loaded: denoiser.Denoiser, tmp_path: Path) -> None:
+    weights = {f"down_blocks.{i}.resnets.0.conv1.weight": torch.zeros(1) for i in range(120)}
+    with pytest.raises(UserError, match=r"lacks the input 'sample' .*0\.conv1\.weight' and 117 more, which") as refused:
+        calibration_file.load(loaded, written(weights, tmp_path))
+    assert len(str(refused.value)) < 400
 
 
 @pytest.mark.parametrize("label", [-1, 11])

@@ -296,7 +296,7 @@ def test_dumps_with_a_gap(tmp_path, missing, gap):
     for path in folder.iterdir():
         if path.name[:3].isdigit() and int(path.name[:3]) != missing:
             shutil.copy(path, tmp_path)
-    with pytest.raises(UserError, match=f"before that of '{gap}' is missing; --bisect needs"):
+    with pytest.raises(UserError, match=f"before that of '{gap}' is missing; bisect needs"):
         bisect.bisect(read_dumps(tmp_path))
 
 

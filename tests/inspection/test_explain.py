@@ -19,6 +19,7 @@ from mpq_compiler.allocation.solver import solve
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.teacher_forcing import Forced
 from mpq_compiler.artifact import bundle
+from mpq_compiler.cli import mpqc
 from mpq_compiler.driver.instruments import observe
 from mpq_compiler.inspection import explain, html_report
 from mpq_compiler.inspection.dumps import Dump, read_dumps
@@ -276,3 +277,33 @@ def test_an_artifact_of_before_has_no_decisions(tmp_path):
         explain.load(tmp_path)
     with pytest.raises(UserError, match=r"holds no readable decisions\.json; compile it again"):
         explain.load(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("column", ["layer", "weight", "activation", "bytes", "loss"])
+def test_layers_are_sorted_and_the_first_are_printed(column, capsys):
+    folder = str(clean("pixart", programs.MIXED)[0])
+    assert mpqc.main(["inspect", folder, "--layers"]) == 0
+    everything = capsys.readouterr().out
+    assert mpqc.main(["inspect", folder, "--layers", "--sort", column, "--top", "4"]) == 0
+    printed = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in printed.splitlines() if line[0] == "│"]
+    values = [row[("layer", "weight", "activation", "bytes", "share", "loss").index(column)] for row in cells]
+    assert len(values) == 4 and all(f"│ {row[0]} " in everything for row in cells)
+    if column in ("bytes", "loss"):
+        numbers = [float(value) for value in values]
+        assert numbers == sorted(numbers, reverse=True)
+    else:
+        assert values == sorted(values)
+    assert "4 of " in printed and "loss: noise" in printed and "+b: and a binary branch" in everything
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--sort", "loss"], "--sort and --top are of the table of --layers: add that, or leave them out"),
+        (["--layers", "--top", "0"], "--top 0 must be 1 or more"),
+    ],
+)
+def test_an_order_that_cannot_be_is_refused(arguments, sentence, capsys):
+    assert mpqc.main(["inspect", str(clean("pixart", programs.MIXED)[0]), *arguments]) == 1
+    assert capsys.readouterr().err == f"mpqc: {sentence}\n"

@@ -118,7 +118,7 @@ def test_a_layer_that_cannot_have_one_is_named() -> None:
     own = program.fork()
     own.facts[PLANNED] = other
     name = module_of(path)
-    with pytest.raises(UserError, match=r"no layer of this model can have a branch for LoRA: leave --lora-rank out"):
+    with pytest.raises(UserError, match=r"no layer of this model can have a branch for LoRA: leave lora_rank out"):
         LoraBranches(layers=(name,)).run(own, Session())
     found = LoraBranches(layers=("*",)).run(own, Session())
     assert found.facts[LORA].branches.keys() == program.weights.keys() - {path}
@@ -127,7 +127,7 @@ def test_a_layer_that_cannot_have_one_is_named() -> None:
 
 def test_what_branches_cannot_stand_with_is_refused() -> None:
     with pytest.raises(
-        UserError, match=r"no layer is called '\*\.to_x' \(--lora-layers\): patterns are of module paths"
+        UserError, match=r"no layer is called '\*\.to_x' \(lora_layers\): patterns are of module paths"
     ):
         branched("plain", layers=("*.to_x",))
     with pytest.raises(UserError, match="put it before 'fuse-epilogues'"):

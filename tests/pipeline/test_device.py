@@ -109,8 +109,8 @@ def test_a_device_that_is_not_there_is_a_sentence(name, sentence, monkeypatch):
 
 def test_without_a_gpu_and_with_a_cluster_it_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="--device cuda: torch sees no GPU here"):
+    with pytest.raises(UserError, match="device cuda: torch sees no GPU here"):
         check(Options(device="cuda"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(UserError, match="--distributed runs on CPUs, and --device cuda is a GPU here"):
+    with pytest.raises(UserError, match="distributed runs on CPUs, and device cuda is a GPU here"):
         check(Options(device="cuda", distributed="ray"))

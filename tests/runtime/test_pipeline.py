@@ -204,7 +204,7 @@ def test_what_a_stand_in_lacks_is_said() -> None:
     assert output[0] is output.last_hidden_state and output[0].shape == (1, tiny_pipelines.TOKENS, 32)
     with pytest.raises(UserError, match="reads 'pooler_output' of its text encoder"):
         _ = output.pooler_output.shape
-    with pytest.raises(UserError, match="add encoder to --parts"):
+    with pytest.raises(UserError, match="add encoder to parts"):
         CompiledDecoder(loaded().part("vae")).encode(torch.zeros(1, 3, 16, 16))
     with pytest.raises(UserError, match="stands in with its decoder: take that of 'vae'"):
         loaded().drop_in("vae_encoder")

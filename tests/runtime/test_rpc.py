@@ -485,7 +485,7 @@ def test_a_device_of_a_model_is_asked_before_anything_is_compiled(tmp_path, monk
     with listening(tmp_path / "device") as address:
         with pytest.raises(UserError, match="the token is wrong"):
             measure.measure_latency(packed.BUNDLED, rpc=address, target=TARGET)
-        with pytest.raises(UserError, match="name its target with --target"):
+        with pytest.raises(UserError, match="name its target with target"):
             measure.measure_latency(packed.BUNDLED, rpc=address)
     with pytest.raises(UserError, match="cannot reach"):
         measure.measure_latency(packed.BUNDLED, rpc=address, target=TARGET)

@@ -94,7 +94,7 @@ def test_what_changes_in_place_and_what_changes_nothing() -> None:
 
 
 def test_what_is_not_known_is_refused_by_its_name() -> None:
-    with pytest.raises(UserError, match=r"'result' of a test by 'sin'.*--parts denoiser"):
+    with pytest.raises(UserError, match=r"'result' of a test by 'sin'.*parts denoiser"):
         recorded(lambda x, y: x.sin() * 2)
     with pytest.raises(UserError, match="does not make 'result' of a test"):
         recorded(lambda x, y: torch.ones(3))

@@ -32,7 +32,7 @@ def test_no_address_is_no_cluster() -> None:
 
 @pytest.mark.parametrize("address", ["dask://host:1", "rai", "", "many"])
 def test_addresses_of_no_kind_are_refused(address: str) -> None:
-    with pytest.raises(UserError, match=rf"--distributed '{address}' names no cluster .*ray://HOST:PORT"):
+    with pytest.raises(UserError, match=rf"distributed='{address}' names no cluster .*ray://HOST:PORT"):
         cluster.kind_of(address)
 
 

@@ -147,6 +147,6 @@ def test_equal_bytes_and_no_paths(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in program and str(folder).encode() not in program and b"/mpq-" not in program
     source = tiny_pipelines.pipeline("stable-diffusion")
     compile_pipeline(source, tmp_path / "text.mpq", parts=["text"], **options)
-    with pytest.raises(UserError, match="has no C program to draw with tokens: compile it with --emit c"):
+    with pytest.raises(UserError, match="has no C program to draw with tokens: compile it with emit c"):
         tokens_file.write(tmp_path / "text.mpq", tmp_path / "ids", PROMPT)
     assert not (tmp_path / "ids").exists()

@@ -185,7 +185,7 @@ def test_an_owners_key_is_built_in(tmp_path: Path, keys: tuple[Pair, Pair]) -> N
 
 
 def test_owners_keys_that_cannot_be(tmp_path: Path, keys: tuple[Pair, Pair]) -> None:
-    with pytest.raises(UserError, match="--owner-key is built into a C program: add --emit c or --standalone"):
+    with pytest.raises(UserError, match="owner_key is built into a C program: add emit c or standalone"):
         check(Options(owner_key=keys[0].hex), tmp_path / "x.mpq")
     with pytest.raises(UserError, match="holds a private key"):
         check(Options(owner_key=keys[0].private, emit="c"), tmp_path / "x.mpq")

@@ -215,9 +215,9 @@ def test_what_a_program_on_tvms_runtime_refuses(tmp_path):
         UserError, match=r"there is no apache_tvm-.*aarch64\.whl in .*: get TVM's runtime .* `pip download"
     ):
         compile.compile(packed.BUNDLED, tmp_path / "out.mpq", target="aarch64-neon", standalone=True, wheels=tmp_path)
-    with pytest.raises(UserError, match="--standalone makes a program of kernels for CPUs; 'onnx' has none"):
+    with pytest.raises(UserError, match="standalone makes a program of kernels for CPUs; 'onnx' has none"):
         compile.compile(packed.BUNDLED, tmp_path / "out.mpq", target="onnx", standalone=True)
-    with pytest.raises(UserError, match="--wheels holds TVM's runtime for --standalone: add that"):
+    with pytest.raises(UserError, match="wheels holds TVM's runtime for standalone: add that"):
         compile.compile(packed.BUNDLED, tmp_path / "out.mpq", wheels=tmp_path)
     with pytest.raises(UserError, match="leave one of them out"):
         compile.compile(packed.BUNDLED, tmp_path / "out.mpq", emit="c", standalone=True)

@@ -101,5 +101,5 @@ def test_a_target_that_does_not_run_here_is_refused():
     target = targets.resolve("aarch64-dotprod")
     if not targets.missing_features(target):
         pytest.skip("this machine runs AArch64")
-    with pytest.raises(UserError, match=r"--tune measures kernels here.*aarch64-dotprod"):
+    with pytest.raises(UserError, match=r"tune measures kernels here.*aarch64-dotprod"):
         tune.tuned(lower(packed.program(*PROGRAM).program, (1,)), target, lambda *_: [], "")

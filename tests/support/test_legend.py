@@ -1,0 +1,21 @@
+"""The legend of tables: what stands in them is told of, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from mpq_compiler import formats
+from mpq_compiler.support.legend import legend
+
+
+def test_what_stands_in_the_table_is_told_of() -> None:
+    told = legend(["int2+b", "u8/t4", "loss"], 80)
+    assert all(word in told for word in ("int4: 4 bits", "+b: and a binary branch", "/t4: with scales", "loss: noise"))
+    assert not any(word in told for word in ("k-means", "entropy", "float", "token"))
+    assert max(map(len, told.splitlines())) <= 80
+    assert legend(["float"], 80) == ""
+
+
+@pytest.mark.parametrize("name", [*formats.names(), "ec2.5", "int4+r16", "nf4g64"])
+def test_every_format_has_a_meaning(name: str) -> None:
+    assert legend([name], 200)
