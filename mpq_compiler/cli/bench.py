@@ -15,8 +15,9 @@ from mpq_compiler.support.errors import UserError
 def add(commands: Commands) -> None:
     """Add the command and its options to the command line."""
     parser = commands.add(
-        "bench", run, "the speed of artifacts on this machine, whole and kernel by kernel, beside others"
-    )
+        "bench", run, "the speed of artifacts on this machine, whole and kernel by kernel, beside others",
+        lambda args: f"timing {', '.join([*args.artifacts, *filter(None, args.against.split(','))])}",
+    )  # fmt: skip
     parser.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="of one model; --kernels looks at the first")
     parser.add_argument(
         "--against", metavar="PEERS", default="",

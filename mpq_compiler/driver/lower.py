@@ -206,7 +206,7 @@ def lower(
     front, rest = halves(passes)
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
-        program, records = manager.run_pipeline(front, start, session, instruments)
+        program, records = manager.run_pipeline(front, start, session, instruments, count=len(passes))
         if plan is not None:
             session = replace(session, jobs=plan(program))
         present = {fact for step in front for fact in step.provides}
