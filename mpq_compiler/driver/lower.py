@@ -21,7 +21,7 @@ from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import device
 from mpq_compiler.ir.interpreter import single_threaded
-from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.latency import table as tables
 from mpq_compiler.latency.candidates import Latency
 from mpq_compiler.pipeline import manager
@@ -36,7 +36,7 @@ from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.row_files import RowFiles
 from mpq_compiler.quantization.statistics import spread
 from mpq_compiler.support.cluster import Cluster
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import BudgetError, UserError
 from mpq_compiler.support.host import cpu
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import F32
@@ -199,6 +199,8 @@ def lower(
             sizes = [latent[1:] for latent in parse_shapes(options.shapes) if latent is not None][1:]
             laid_out[:] = [program, *(specialize.laid_out(program, denoiser, size, passes) for size in sizes)]
             laid_out.extend(specialize.traced(kind, passes) for kind in denoiser.kinds)
+            if session.sensitivity is None:
+                _check_shapes(program, everything)
         if step.provides >= {"time-groups"} and session.sensitivity is None:
             _check_budget(program, passes, latency)
 
@@ -260,6 +262,26 @@ def latency_table_of(options: Options, target: targets.Target) -> tables.Table |
     here = None if targets.missing_features(target) else cpu()
     tables.require_of(table, target.name, here, options.threads)
     return table
+
+
+def _check_shapes(program: Program, passes: Sequence[Pass]) -> None:
+    """Raises a UserError for a budget of bytes below what layers of these shapes take, before anything is measured.
+
+    What passes may add does not count here, nor scales of activations; the sentence names a budget that has these, too.
+    """
+    allocation, measuring = with_role(passes, Role.ALLOCATES), with_role(passes, Role.MEASURES)
+    uniform = getattr(allocation, "uniform", None)
+    names = getattr(measuring, "formats", ()) if uniform is None else (uniform,)
+    if allocation is None or not names:
+        return
+    parameters = program.facts[PARAMETERS]
+    limit = pose.byte_limit(parameters, getattr(allocation, "weights", None), getattr(allocation, "bytes", None))
+    if limit is None or limit >= (least := costs.least_bytes(program, names)):
+        return
+    grouping = with_role(passes, Role.GROUPS_TIME)
+    least += costs.scale_bytes(program, 1 if grouping is None else getattr(grouping, "groups", 1))
+    hint = "" if uniform is None else "; use the default recipe, which mixes formats"
+    raise BudgetError(f"{pose.unmet(limit, least, parameters)}{hint}")
 
 
 def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:
