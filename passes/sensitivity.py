@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ from mpq_compiler.quantization.statistics import (
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import BATCH, batches
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -150,9 +153,12 @@ class Sensitivity(Pass):
     ) -> Losses:
         """The losses of tasks by name, each measured by a run of its own; ``results`` has those that are known."""
         parts = list(batches(inputs, inputs_held(program)))
+        count = len(tasks) * len(parts)
         missing = sum(_key(task.name, part) not in results for task in tasks for part in range(len(parts)))
+        if missing < count:
+            _logger.info("sensitivity: the cache has %d of %d losses", count - missing, count)
         if missing:
-            with session.track("sensitivity", missing) as advance:
+            with session.track("measuring losses", missing) as advance:
                 for part, batch in enumerate(parts):
                     left = [task for task in tasks if _key(task.name, part) not in results]
                     self._measure_part(program, batch, part, left, results, session, advance)

@@ -10,6 +10,7 @@ from typing import Any
 from mpq_compiler.backends.tvm import build, lowering
 from mpq_compiler.backends.tvm.compile.worker import Worker
 from mpq_compiler.backends.tvm.standalone.join import join
+from mpq_compiler.backends.tvm.toolchain.linker import linker
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.backend import BuildRequest, Built, Capabilities, TimedBackend
 from mpq_compiler.targets.table import Target
@@ -35,7 +36,8 @@ class TvmBackend:
         )
 
     def require(self, target: Target) -> None:
-        """UserError: there is no compiler of kernels for that GPU."""
+        """UserError: there is no linker for the target, or no compiler of kernels for that GPU."""
+        linker(target)
         if target.is_cuda:
             build.require_compiler(target)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -41,6 +42,7 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics
 from mpq_compiler.targets.table import Target
 
+_logger = logging.getLogger(__name__)
 PREPARE = "prepare"
 Entry = dict[str, Any]
 """An entry of the manifest."""
@@ -262,6 +264,7 @@ def compile_library(
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mpq-")))
         objects = Objects(target, sources(), scratch, cache, fresh)
         missing = objects.missing(kernels)
+        _logger.info("kernels: the cache has %d of %d", len(kernels) - len(missing), len(kernels))
         if workers is None:
             workers = stack.enter_context(standby(max(1, min(jobs, len(missing)))))
         objects.compile(kernels, workers, progress)

@@ -84,3 +84,22 @@ def describe(program: Program, dynamic: bool = False, names: Iterable[str] = (),
         "elements": elements,
         "attention_costs": attention_costs(program),
     }
+
+
+def least_bytes(program: Program, names: Sequence[str]) -> int:
+    """The bytes of weights in the smallest of these formats, and of what stays float; scales of activations not.
+
+    The program need not be calibrated: shapes decide.
+    """
+    everything, least = program.fork(), dict[str, int]()
+    for node in program.quantizable:
+        path, shape = str(weight_path(node)), program.tensors[str(weight_of(node))].shape
+        everything.weights[path] = WeightPlan(names[0])
+        least[path] = min(formats.get(name).stored_bytes(*shape) for name in names)
+    return sum(least.values()) + fixed_bytes(everything, 0, 1)
+
+
+def scale_bytes(program: Program, groups: int) -> int:
+    """The bytes of integer quantizers of all edges that layers read, in so many time groups."""
+    edges = {input_edge(node) for node in program.quantizable}
+    return ACTIVATION_GROUP_BYTES * groups * len(edges) + 4 * (groups - 1)

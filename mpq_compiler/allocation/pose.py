@@ -257,11 +257,16 @@ def require_bytes(table: CostTable, limit_bytes: int, formats: Mapping[str, Sequ
     sizes = {layer["name"]: layer["formats"] for layer in table["layers"]}
     least = table["fixed_bytes"] + sum(min(sizes[n][f]["bytes"] for f in names) for n, names in formats.items())
     if limit_bytes < least:
-        per_bit = table["parameters"] / 8
-        raise BudgetError(
-            f"a budget of {limit_bytes} bytes ({limit_bytes / per_bit:.2f} true average bits) cannot be met: "
-            f"the least that the formats allow is {least} bytes ({least / per_bit:.3f} bits)"
-        )
+        raise BudgetError(unmet(limit_bytes, least, table["parameters"]))
+
+
+def unmet(limit_bytes: int, least: int, parameters: int) -> str:
+    """The sentence on a budget of bytes that is below the least."""
+    per_bit = parameters / 8
+    return (
+        f"a budget of {limit_bytes} bytes ({limit_bytes / per_bit:.2f} true average bits) cannot be met: "
+        f"the least that the formats allow is {least} bytes ({least / per_bit:.3f} bits)"
+    )
 
 
 def require_latency(table: CostTable, latency: float, formats: Mapping[str, Sequence[str]]) -> None:

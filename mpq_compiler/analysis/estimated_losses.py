@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support import cache
 from mpq_compiler.support.execution import batches
 
+_logger = logging.getLogger(__name__)
 EDGES = (STATIC, PER_TOKEN, SMALL_FLOAT)
 """The kinds of tasks that change what layers read of an edge."""
 
@@ -175,8 +177,10 @@ class LossEstimator:
         names = {task.name for task in tasks}
         left = [i for i, key in enumerate(keys) if key not in results or not names <= results[key]["errors"].keys()]
         session.saved.extend(results[key].get("seconds", 0.0) for i, key in enumerate(keys) if i not in left)
+        if len(left) < len(keys):
+            _logger.info("sensitivity: the cache has the losses of %d of %d inputs", len(keys) - len(left), len(keys))
         if left:
-            with session.track("sensitivity", len(names) + len(left)) as advance:
+            with session.track("measuring losses", len(names) + len(left)) as advance:
                 probes = self._made(program, place, tasks, session, advance, standing)
 
                 def keep(item: tuple[dict[str, Tensor], int, int], estimated: _Estimated) -> None:

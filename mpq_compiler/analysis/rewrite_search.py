@@ -216,7 +216,7 @@ class RewriteSearch(Pass):
         known, asked = session.trajectories, (self.samples, self.steps)
         if asked not in known:
             assert session.denoiser is not None
-            with session.track("recording inputs to rewrite by", self.steps) as step:
+            with session.track("sampling inputs for rewrites", self.steps) as step:
                 known[asked] = record_calibration(session.denoiser, *asked, session.seed, lambda done, total: step(1))
         return known[asked]
 

@@ -21,8 +21,9 @@ KERNELS = {
 def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
     parser = commands.add(
-        "bench", run, "the speed of artifacts on this machine, whole and kernel by kernel, beside others"
-    )
+        "bench", run, "the speed of artifacts on this machine, whole and kernel by kernel, beside others",
+        lambda args: f"timing {', '.join([*args.artifacts, *filter(None, args.against.split(','))])}",
+    )  # fmt: skip
     parser.add_argument("artifacts", metavar="ARTIFACT", nargs="+", help="of one model; --kernels looks at the first")
     parser.add_argument(
         "--against", metavar="PEERS", default="",

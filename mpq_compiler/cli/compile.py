@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 FEWEST_PROMPTS = 8
 """The fewest prompts to calibrate on."""
+ANNOUNCED = ("weights", "activations", "bops", "latency", "effort", "minutes")
+"""Options that the first line repeats."""
 LARGE = 1 << 30
 """Bytes of memory from which on a compilation gives freed blocks back at once: they come anew, which takes time."""
 
 
 def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
-    parser = commands.add("compile", run, "compile a denoiser to an artifact")
+    parser = commands.add("compile", run, "compile a denoiser to an artifact", _announce)
     parser.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
     parser.add_argument("-o", "--output", metavar="OUT", help="artifact: a folder, or a file OUT.zip")
     whole = parser.add_argument_group("pipelines, a folder with model_index.json")
@@ -90,6 +92,17 @@ def add(commands: options.Commands) -> None:
     options.add_lowering(parser)
 
 
+def _announce(args: argparse.Namespace) -> str:
+    from mpq_compiler.targets.table import resolve
+
+    target = resolve(args.target).name
+    here = " (native)" if args.target == "native" else ""
+    how = f"recipe {args.recipe}" if args.pipeline is None else "a pipeline by hand"
+    given = [f"{name} {value}" for name in ANNOUNCED if (value := getattr(args, name)) is not None]
+    doing = "estimating" if args.estimate else "compiling"
+    return f"{doing} {args.model} for {target}{here}: {', '.join((how, *given))}"
+
+
 def run(args: argparse.Namespace) -> Any:
     """Compile the model, print the summary of its report, and return the report; or estimate what that takes."""
     usage.ask_for_large_pages()
@@ -101,8 +114,9 @@ def run(args: argparse.Namespace) -> Any:
     from mpq_compiler.driver.pipeline import PipelineReport
 
     parts, prompts = _parts(args), prompts_of(args.prompts)
+    whole = pipelines.is_pipeline(args.model) and parts != ("denoiser",)
     if args.estimate:
-        if pipelines.is_pipeline(args.model) and parts != ("denoiser",):
+        if whole:
             raise UserError("--estimate is of a pipeline's denoiser: add --parts denoiser")
         found = estimate(args.model, terminal.progress, **options.of_compilation(args))
         _print_estimate(found)
@@ -113,13 +127,15 @@ def run(args: argparse.Namespace) -> Any:
     told = []
 
     def planned(found: Estimate, lowered: str | None) -> None:
+        if not whole:  # else nobody knows what the other parts take
+            terminal.expect(terminal.elapsed() + found.seconds)
         if found.peak_bytes > LARGE:
             usage.return_freed_memory()
         if lowered is not None:
             told.append(lowered)
             terminal.note(f"note: {lowered}")
         if found.seconds >= LONG:
-            terminal.note(_time(found))
+            terminal.note(_time(found, "this part" if whole else "this"))
         if args.memory_limit is not None:
             _print_memory(found)
 
@@ -189,11 +205,11 @@ def _print_estimate(found: Estimate) -> None:
     terminal.table(title, ("step", "time", "CPU", "memory", "disk"), rows, numeric=(1, 2, 3, 4))
 
 
-def _time(found: Estimate) -> str:
+def _time(found: Estimate, what: str) -> str:
     """How long a compilation takes from now on, in a sentence."""
     longest = sorted(found.steps, key=lambda step: -step.seconds)[:3]
     said = ", ".join(f"{step.name} {_seconds(step.seconds)}" for step in longest)
-    return f"this will take about {_seconds(found.seconds)} here: {said}, ...; --estimate has all passes"
+    return f"{what} will take about {_seconds(found.seconds)} here: {said}, ...; --estimate has all passes"
 
 
 def _print_memory(found: Estimate) -> None:

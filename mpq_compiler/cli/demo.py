@@ -22,7 +22,10 @@ TIMED_BATCH = 2
 
 def add(commands: Commands) -> None:
     """Add the command and its options to the command line."""
-    parser = commands.add("demo", run, "compile the bundled denoiser for this machine and draw images with both")
+    parser = commands.add(
+        "demo", run, "compile the bundled denoiser for this machine and draw images with both",
+        lambda args: f"compiling {args.model} to {args.weights} bits, and drawing with both",
+    )  # fmt: skip
     parser.add_argument(
         "-o", "--output", metavar="DIR", default="mpq-demo", help="for picture and artifact (default: mpq-demo)"
     )

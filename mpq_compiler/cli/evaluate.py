@@ -23,7 +23,7 @@ from mpq_compiler.support.errors import UserError
 def add(commands: Commands) -> None:
     """Add the command and its options to the command line."""
     text = "all metrics of an artifact, or of a model compiled first, against the float model"
-    parser = commands.add("eval", run, text)
+    parser = commands.add("eval", run, text, lambda args: f"evaluating {args.artifact} against the float model")
     parser.add_argument("artifact", metavar="ARTIFACT|MODEL")
     parser.add_argument("--against", metavar="MODEL", help="the float model (default: the bundled one of its name)")
     parser.add_argument("--images", type=int, metavar="N", help="images to draw with both (200; of a pipeline 16)")

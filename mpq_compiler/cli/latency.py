@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
-    parser = commands.add("latency", run, "measure how long kernels take, here or on a device, for `compile --latency`")
+    parser = commands.add(
+        "latency", run, "measure how long kernels take, here or on a device, for `compile --latency`",
+        lambda args: f"measuring the kernels of {', '.join(args.sources)}",
+    )  # fmt: skip
     parser.add_argument(
         "sources", metavar="MODEL|ARTIFACT|TABLE", nargs="+",
         help="models are compiled in each format and timed whole, artifacts as they are; tables of this machine are "

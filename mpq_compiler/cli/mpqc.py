@@ -87,6 +87,10 @@ def parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", metavar="FILE", help="write the result as JSON ('-': to standard output)")
     shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    how_much = shared.add_mutually_exclusive_group()
+    how_much.add_argument("-q", "--quiet", action="store_true", help="print errors and the result only")
+    how_much.add_argument("-v", "--verbose", action="store_true", help="print what each pass took, and what was reused")
+    shared.add_argument("--log", metavar="FILE", help="add all that -v prints to this file, with the time")
     top = Parser(prog="mpqc", description=TEACH, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"mpqc {version('mpq-compiler')}")
     commands = Commands(top, shared)
@@ -107,9 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.output.stderr = args.json == "-"
     UserError.command_line = True
     try:
-        if args.json not in (None, "-"):
-            output.require_new(args.json, overwrite=True)
-        with _ends_by_signals(), _noted():
+        for file in (args.json, args.log):
+            if file not in (None, "-"):
+                output.require_new(file, overwrite=True)
+        terminal.configure(args.quiet, args.verbose, args.log)
+        with _ends_by_signals(), _noted(), terminal.announced(args.announce(args)):
             result = usage.with_room(args.run)(args)
         if args.json == "-":
             print(json.dumps(result, indent=1))
@@ -138,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _defect(args, error)
     finally:
         terminal.output.stderr = UserError.command_line = False
+        terminal.reset()
 
 
 _came: list[int] = []
@@ -172,7 +179,7 @@ def _ends_by_signals() -> Iterator[None]:
 def _ended(number: int) -> int:
     """The exit code of a command that a signal has ended."""
     exec("")  # an interrupt inside of an `exec`, as of a dataclass, makes Python end by SIGINT until another one ends
-    print("mpqc: terminated" if number == signal.SIGTERM else "mpqc: interrupted", file=sys.stderr)
+    terminal.error("mpqc: terminated" if number == signal.SIGTERM else "mpqc: interrupted")
     return 128 + number
 
 
@@ -203,7 +210,7 @@ def _fail(args: argparse.Namespace, sentence: str) -> int:
         return _ended(_came[0])
     if args.debug:
         raise
-    print(f"mpqc: {sentence}", file=sys.stderr)
+    terminal.error(f"mpqc: {sentence}")
     return 1
 
 

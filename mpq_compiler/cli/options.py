@@ -15,18 +15,35 @@ PER_CALL = "threads of a call (default: what the artifact was compiled with, els
 MEASURED_HERE = "times of kernels, by `mpqc latency` (default with --latency: measured here)"
 
 
+def unannounced(args: argparse.Namespace) -> None:
+    """Announces nothing: the command takes a moment."""
+
+
 class Commands:
-    """The commands of a parser, each with the function that runs it (`argparse`'s default ``run``)."""
+    """The commands of a parser, each with the functions that run and announce it (`argparse`'s defaults)."""
 
     def __init__(self, top: argparse.ArgumentParser, shared: argparse.ArgumentParser) -> None:
         """``top``: the parser of the whole command line. ``shared``: one with the options of every command."""
         self.top, self._shared = top, shared
         self._subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(self, name: str, run: Callable[[argparse.Namespace], Any], text: str) -> argparse.ArgumentParser:
-        """The parser of a new command. ``run`` returns the command's result as plain data; ``text`` says what it is."""
+    def add(
+        self,
+        name: str,
+        run: Callable[[argparse.Namespace], Any],
+        text: str,
+        announce: Callable[[argparse.Namespace], str | None] = unannounced,
+    ) -> argparse.ArgumentParser:
+        """Adds the parser of a new command.
+
+        Args:
+            name: of the command.
+            run: returns the command's result as plain data.
+            text: says what it is.
+            announce: says what a command that takes long is about to do, at once: it imports nothing heavy.
+        """
         parser = self._subparsers.add_parser(name, parents=[self._shared], help=text, description=text)
-        parser.set_defaults(run=run)
+        parser.set_defaults(run=run, announce=announce)
         return parser
 
 

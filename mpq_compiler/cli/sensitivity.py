@@ -16,13 +16,17 @@ SHOWN = 20
 
 def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
-    parser = commands.add("sensitivity", run, "measure what each layer costs in quality at each format")
+    parser = commands.add("sensitivity", run, "measure what each layer costs in quality at each format", _announce)
     parser.add_argument("model", metavar="MODEL", help="folder, hub id, or bundled name (mpqc models)")
     parser.add_argument("-o", "--output", required=True, metavar="TABLE.json", help="for `mpqc allocate`")
     parser.add_argument("--overwrite", action="store_true", help="replace a table that exists")
     parser.add_argument("--activations", type=float, metavar="BITS", help="average that the table is for (8)")
     options.add_latency_table(parser, "adds the times of layers, for `mpqc allocate --latency`")
     options.add_lowering(parser, table=False)
+
+
+def _announce(args: argparse.Namespace) -> str:
+    return f"measuring the sensitivities of {args.model}: recipe {args.recipe}"
 
 
 def run(args: argparse.Namespace) -> Any:

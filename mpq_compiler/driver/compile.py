@@ -86,7 +86,7 @@ def compile_denoiser(
     after: list[Record] = []
     with standing, single_threaded():
         others = other_kinds(lowering, denoiser) or other_sizes(lowering.program, lowering.laid_out, chosen)
-        with recorded("kernels", after):
+        with recorded("kernels", after, progress):
             built = _built(backend, lowering, target, chosen, others, workers, progress)
     notes = [lowered] if lowered is not None else []
     with single_threaded():
@@ -100,7 +100,7 @@ def compile_denoiser(
                 f"{more} bytes more than the plan says"
             )
         predicted = report.predicted_latency(lowering.latency, lowering.program, built.facts)
-        with recorded("judging", after):
+        with recorded("judging", after, progress):
             judge = Judge(denoiser, lowering, chosen, RunContext(jobs=chosen.jobs, progress=progress))
 
             def written(built: Built, tried: Callable[[Path], None] | None = None) -> Manifest:

@@ -216,11 +216,11 @@ def with_done(found: Estimate, records: Sequence[Record]) -> Estimate:
 
 
 NOMINAL = Speed(5e10, 1.5e10, 5e4)
-"""A speed for those who ask for memory, or whether it takes minutes."""
+"""A speed for those who ask for memory, or whether it takes `LONG`."""
 
 
-LONG = 120.0
-"""The seconds of a compilation from which on the speed of a core is measured to say how long it takes."""
+LONG = 20.0
+"""The seconds of a compilation from which on the speed of a core is measured, in one, to say how long it takes."""
 
 
 def foreseen(workload: Workload, jobs: int) -> Estimate:

@@ -23,7 +23,7 @@ from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import device
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.interpreter import single_threaded
-from mpq_compiler.ir.program import Program, Stage, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.latency import table as tables
 from mpq_compiler.latency.candidates import Latency
 from mpq_compiler.pipeline import manager
@@ -38,7 +38,7 @@ from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.row_files import RowFiles
 from mpq_compiler.quantization.statistics import spread
 from mpq_compiler.support.cluster import Cluster
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import BudgetError, UserError
 from mpq_compiler.support.host import cpu
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import F32
@@ -203,6 +203,8 @@ def lower(
             laid_out[:] = [program, *(specialize.laid_out(program, denoiser, size, passes) for size in sizes)]
             laid_out.extend(specialize.traced(kind, passes) for kind in denoiser.kinds)
             _check_plan(program, session.plan)
+            if session.sensitivity is None:
+                _check_shapes(program, everything)
         if step.provides >= {"time-groups"} and session.sensitivity is None:
             _check_budget(program, passes, latency)
 
@@ -210,7 +212,7 @@ def lower(
     front, rest = halves(passes)
     start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
     with single_threaded():
-        program, records = manager.run_pipeline(front, start, session, instruments)
+        program, records = manager.run_pipeline(front, start, session, instruments, count=len(passes))
         if plan is not None:
             session = replace(session, jobs=plan(program))
         present = {fact for step in front for fact in step.provides}
@@ -270,6 +272,26 @@ def _check_plan(program: Program, plan: Mapping[str, str] | None) -> None:
     """Raises a UserError for a given plan of which no layer is the program's; `BitAllocation` is as exact as can be."""
     if plan is not None and not plan.keys() & {str(weight_path(node)) for node in program.quantizable}:
         raise UserError(f"the plan is another model's: {program.model} has none of its {len(plan)} layers")
+
+
+def _check_shapes(program: Program, passes: Sequence[Pass]) -> None:
+    """Raises a UserError for a budget of bytes below what layers of these shapes take, before anything is measured.
+
+    What passes may add does not count here, nor scales of activations; the sentence names a budget that has these, too.
+    """
+    allocation, measuring = with_role(passes, Role.ALLOCATES), with_role(passes, Role.MEASURES)
+    uniform = getattr(allocation, "uniform", None)
+    names = getattr(measuring, "formats", ()) if uniform is None else (uniform,)
+    if allocation is None or not names:
+        return
+    parameters = program.facts[PARAMETERS]
+    limit = pose.byte_limit(parameters, getattr(allocation, "weights", None), getattr(allocation, "bytes", None))
+    if limit is None or limit >= (least := costs.least_bytes(program, names)):
+        return
+    grouping = with_role(passes, Role.GROUPS_TIME)
+    least += costs.scale_bytes(program, 1 if grouping is None else getattr(grouping, "groups", 1))
+    hint = "" if uniform is None else "; use the default recipe, which mixes formats"
+    raise BudgetError(f"{pose.unmet(limit, least, parameters)}{hint}")
 
 
 def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | None = None) -> None:

@@ -151,10 +151,11 @@ def compile_pipeline(
                     made |= judged
                     shared.update(found)
                     budgets |= {name: f"{share['bytes']}B" for name, share in found.items()}
-            for name, part in made.items():
+            for index, (name, part) in enumerate(made.items(), 1):
                 dumps = None if chosen.dumps is None else chosen.dumps / name
                 own = replace(part.options, weights=budgets[name], overwrite=False, dumps=dumps)
-                reports[name] = compile_denoiser(part.model, folder / name, progress, planned, **vars(own))
+                with context.track(f"part {index} of {len(made)}: {name}", 1):
+                    reports[name] = compile_denoiser(part.model, folder / name, progress, planned, **vars(own))
         files = {_tokenizer_file(tokens.name): tokens.model.encode() for tokens in taken.tokens if TEXT in parts}
         if chosen.emit and {*parts} >= {*ROLES}:  # with less nothing is drawn
             files |= _program(folder, sorted(name for name in reports if role[name] != ENCODER), chosen)

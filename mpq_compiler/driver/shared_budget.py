@@ -91,8 +91,9 @@ def shares(
     """
     tables: dict[str, SensitivityTable] = {}
     found: dict[str, Part] = {}
-    for name, part in parts.items():
-        tables[name] = measure_sensitivity(part.model, progress, **vars(replace(part.options, weights=None)))
+    for index, (name, part) in enumerate(parts.items(), 1):
+        with drawing.context.track(f"sensitivities of part {index} of {len(parts)}: {name}", 1):
+            tables[name] = measure_sensitivity(part.model, progress, **vars(replace(part.options, weights=None)))
         file = scratch / f"{name}.sensitivity.json"
         file.write_text(json.dumps(tables[name]))
         found[name] = replace(part, options=replace(part.options, sensitivity=file))

@@ -11,11 +11,13 @@ from typing import Any
 
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.verifier import verify
+from mpq_compiler.pipeline.backend import Progress
 from mpq_compiler.pipeline.passes import Pass
 from mpq_compiler.pipeline.registry import usable
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import tracked
 from mpq_compiler.support.usage import PeakMemory, cpu_seconds, trim
 
 
@@ -51,10 +53,10 @@ class Record:
 
 
 @contextmanager
-def recorded(name: str, records: list[Record]) -> Iterator[None]:
+def recorded(name: str, records: list[Record], progress: Progress | None = None) -> Iterator[None]:
     """Adds the record of a step that is none of the passes: what runs within the block."""
     start, cpu = time.perf_counter(), cpu_seconds()
-    with PeakMemory() as memory:
+    with PeakMemory() as memory, tracked(progress, name, 1):
         yield
     records.append(Record(name, time.perf_counter() - start, cpu_seconds() - cpu, memory.take()))
 
@@ -66,6 +68,7 @@ def run_pipeline(
     instruments: Sequence[Instrument] = (),
     present: Iterable[str] = (),
     first: int = 0,
+    count: int | None = None,
 ) -> tuple[Program, list[Record]]:
     """Runs passes in order; after each the program is verified, and every instrument observes the step.
 
@@ -76,6 +79,7 @@ def run_pipeline(
         instruments: observers of every step.
         present: the properties that the program has at the start.
         first: the index of the first pass, for the instruments.
+        count: the number of passes with those that others run, for the progress; None: of these.
 
     Returns:
         The last program, and the record of each pass.
@@ -86,11 +90,13 @@ def run_pipeline(
     check(passes, present)
     session = dataclasses.replace(session, requests=Requests.all(p.requests() for p in passes) | session.requests)
     records = []
+    count = first + len(passes) if count is None else count
     with PeakMemory() as memory:
         for index, p in enumerate(passes, first):
             start, cpu = time.perf_counter(), cpu_seconds()
-            before, program = program, p.run(program, session)
-            verify(program, after=p.name())
+            with session.track(f"pass {index + 1} of {count}: {p.name()}", 1):
+                before, program = program, p.run(program, session)
+                verify(program, after=p.name())
             taken = time.perf_counter() - start
             if taken > LONG:
                 trim()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from mpq_compiler.quantization.statistics import CALIBRATION, EdgeStatistics, ev
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.support.memo import last_result
 
+_logger = logging.getLogger(__name__)
 KEPT_ELEMENTS = 1 << 20
 """The most elements of a weight whose fits are cached in memory; codes of larger ones are, where they lie in a file."""
 
@@ -524,6 +526,8 @@ class FitCache:
                 if found[one] is None:
                     missing.setdefault((one.call.name, one.weight), []).append(one)
             advance(len(found) - sum(map(len, missing.values())))
+            if left_behind := sum(found[one] is not None for one in places):
+                _logger.info("%s: an earlier run had left %d of %d", title, left_behind, len(found))
 
             def keep(item: _Fitting, fits: Sequence[tuple[Fit, float]]) -> None:
                 for one, (fit, seconds) in zip(missing[item.name], fits, strict=True):

@@ -6,6 +6,7 @@ Large results lie in files without names (`ir.scratch`) that go with the process
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from mpq_compiler.ir import scratch
 from mpq_compiler.support import cache
 from mpq_compiler.support.usage import cpu_seconds
 
+_logger = logging.getLogger(__name__)
 LEAST_SECONDS = 30.0
 """The CPU seconds from which on a result is kept."""
 ABOUT = "about"
@@ -72,6 +74,7 @@ class KeptFiles(ABC, Generic[_Kept]):
         """
         if (left := self.load(place)) is not None:
             saved.append(left[1])
+            _logger.info("%s is that of an earlier run, which took %.0f s of CPU time", self.what, left[1])
             return left[0]
         begin = cpu_seconds()
         made = make()

@@ -67,10 +67,10 @@ class RunContext:
     jobs: int = 1
     cache: Path | None = None
     progress: Callable[[str, int], AbstractContextManager[Callable[..., None]]] | None = None
-    """Opens a progress bar for work of more than two seconds; None shows no bars.
+    """Opens a progress bar for a pass, or for work of more than two seconds within it; None shows no bars.
 
-    Used as ``with progress("sensitivity", total) as advance: advance(1)``. ``advance(1, "12.3 dB")`` shows the text
-    beside the bar.
+    Used as ``with progress("calibrating", total) as advance: advance(1)``. ``advance(1, "12.3 dB")`` shows the text
+    beside the bar. A pass has a total of 1, and never advances.
     """
     saved: list[float] = field(default_factory=list)
     """CPU seconds of work that was not done again, because an earlier run had left its results in the cache."""

@@ -23,11 +23,23 @@ from mpq_compiler.support.errors import UserError
 
 
 def check_place(path: Path) -> None:
-    """Raises a UserError where the parent folder of `path` does not exist or cannot be written to."""
+    """Raises a UserError where the parent folder of `path` does not exist, or takes no new file."""
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}; create it first")
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: {path.parent} cannot be written to; choose another place")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return  # a pipe or device, which is written to directly
+    try:  # permissions do not say it all: /proc grants them to root, and makes no file
+        with _partial(path, _new_file):
+            pass
+    except OSError as error:
+        what = f"no file can be made in {path.parent} ({error.strerror})"
+        raise UserError(f"cannot write {path}: {what}; {_hint(error)}") from error
+
+
+def _hint(error: OSError) -> str:
+    return "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
 
 
 def write_whole(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -58,8 +70,7 @@ def beside(path: Path) -> Iterator[Path]:
         with _partial(path, _new_folder) as scratch:
             yield scratch
     except OSError as error:
-        hint = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
-        raise UserError(f"cannot write {path}: {error.strerror}; {hint}") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; {_hint(error)}") from error
 
 
 def put(new: Path, path: Path, scratch: Path) -> None:

@@ -1,77 +1,278 @@
 """What commands print: results on standard output, progress and notes on standard error.
 
-A terminal gets Rich tables and progress bars; a file or a pipe gets plain lines that are never wrapped.
+A terminal gets Rich tables and progress bars; a file or a pipe gets plain lines that are never wrapped, and one line of
+progress every `SILENCE` seconds. `configure` makes it less (``--quiet``) or more (``--verbose``), and keeps it all in
+a file (``--log``).
 """
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 console = Console(stderr=True)
 """The stream of progress and notes: standard error."""
 output = Console()
 """The stream of results: standard output, unless ``output.stderr = True`` leaves that to ``--json -``."""
+WIDTH = 200
+"""Columns of what is no terminal: names must not be folded on their way to grep or a file."""
 if not output.is_terminal and "COLUMNS" not in os.environ:
-    output.width = 200  # names must not be folded on their way to grep or a file
+    output.width = WIDTH
 Row = Mapping[str, Any]
 SILENCE = 30.0
 """Seconds between two lines of progress where no bar is drawn."""
+BAR = 30
+"""Columns of a bar."""
+
+
+@dataclass(eq=False)
+class _Work:
+    """A piece of work that is under way."""
+
+    title: str
+    total: int
+    done: int = 0
+    said: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    @property
+    def counted(self) -> str:
+        return f"{self.done} of {self.total}" if self.total > 1 else ""
+
+
+@dataclass
+class _State:
+    """What `configure` sets, and what is under way."""
+
+    verbose: bool = False
+    log: TextIO | None = None
+    began: float = field(default_factory=time.monotonic)
+    """When the command began."""
+    announced: bool = False
+    """Whether the command said what it does, so that it also says when it is done."""
+    estimated: float | None = None
+    """The seconds that the command was expected to take."""
+    works: list[_Work] = field(default_factory=list)
+    """What is under way, each within the one before it."""
+    told: float = -SILENCE
+    """When the last line of progress was printed."""
+    live: Live | None = None
+
+
+_state = _State()
+_logger = logging.getLogger("mpq_compiler")
+"""Details that only ``--verbose`` shows and ``--log`` keeps: modules log them under their own names."""
+
+
+class _Details(logging.Handler):
+    """Shows what modules log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        detail(record.getMessage())
+
+
+_details = _Details()
+
+
+def configure(quiet: bool = False, verbose: bool = False, log: str | Path | None = None) -> None:
+    """Begins a command: what it shows, beside results and errors, and the file that all of it is added to.
+
+    OSError: the file cannot be written.
+    """
+    global _state
+    _state = _State(verbose=verbose)
+    if log is not None:
+        _state.log = Path(log).open("a", encoding="utf-8")  # noqa: SIM115 - `reset` closes it
+    console.quiet = quiet
+    if verbose or log is not None:
+        _logger.addHandler(_details)
+        _logger.setLevel(logging.INFO)
+
+
+def reset() -> None:
+    """Ends what `configure` began."""
+    _logger.removeHandler(_details)
+    _logger.setLevel(logging.NOTSET)
+    console.quiet = False
+    if _state.log is not None:
+        _state.log.close()
+    _state.verbose, _state.log = False, None
+
+
+@contextmanager
+def announced(sentence: str | None) -> Iterator[None]:
+    """Says what a command is about to do, and when it is done how long that took. None: it is not worth it."""
+    if sentence is None:
+        yield
+        return
+    note(sentence)
+    _state.announced, _state.told = True, time.monotonic()
+    with progress(sentence, 1):
+        yield
+    expected = "" if _state.estimated is None else f" (estimated {duration(_state.estimated)})"
+    note(f"done in {duration(elapsed())}{expected}")
+
+
+def elapsed() -> float:
+    """Seconds since the command began."""
+    return time.monotonic() - _state.began
+
+
+def expect(seconds: float | None) -> None:
+    """Notes how long the command takes from its beginning, by an estimate, to hold against the truth; None: unknown."""
+    _state.estimated = seconds
 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[..., None]]:
     """Shows a progress bar; yields ``advance(n, said="")``, which also shows ``said``, such as a loss.
 
-    Without a terminal it prints a line when the work begins, and one every `SILENCE` seconds.
+    Work within work stands below it, and a ``total`` of 1 has no bar. Without a terminal there is a line when the first
+    work begins, and one every `SILENCE` seconds.
     """
-    if not console.is_terminal:
-        print(f"{title} ({total}) ...", file=sys.stderr, flush=True)
-        yield _lines(title, total)
-        return
-    columns = (
-        TextColumn("{task.description:>28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda n, said="": bar.update(task, advance=n, description=f"{title} {said}".rstrip())
-
-
-def _lines(title: str, total: int) -> Callable[..., None]:
-    done, told = 0, time.monotonic()
+    state, work = _state, _Work(title, total)
 
     def advance(n: int, said: str = "") -> None:
-        nonlocal done, told
-        done += n
-        if time.monotonic() - told > SILENCE and done < total:
-            told = time.monotonic()
-            print(f"{title}: {done} of {total} {said}".rstrip(), file=sys.stderr, flush=True)
+        work.done, work.said = work.done + n, said
 
-    return advance
+    first = not state.works
+    state.works.append(work)
+    try:
+        with _shown(state) if first else nullcontext():
+            yield advance
+    finally:
+        state.works.remove(work)
+    if state.works or not state.announced:
+        detail(f"{title}{f' ({total})' if total > 1 else ''} took {duration(work.seconds)}")
+
+
+@contextmanager
+def _shown(state: _State) -> Iterator[None]:
+    """Shows all works of a state until the first of them ends."""
+    console.file = sys.stderr  # held fast: passes redirect what libraries write
+    drawn = console.is_terminal and not console.quiet
+    lines = state.log is not None or not drawn
+    ended = threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(max(0.0, state.told + SILENCE - time.monotonic())):
+            _tell(state)
+
+    if lines and time.monotonic() - state.told >= SILENCE:
+        _tell(state)
+    teller = threading.Thread(target=tell, name="mpqc progress", daemon=True)
+    if lines:
+        teller.start()
+    if drawn:
+        _draw(state)
+    try:
+        yield
+    finally:
+        ended.set()
+        if state.live is not None:
+            state.live.stop()
+            state.live = None
+        if lines:
+            teller.join()
+        console.file = None  # type: ignore[assignment]
+
+
+def _draw(state: _State) -> None:
+    """Begins to draw bars; standard output is left alone, since it may be a file."""
+    state.live = Live(get_renderable=_bars, console=console, transient=True, redirect_stdout=False)
+    state.live.start()
+
+
+def _tell(state: _State) -> None:
+    """Prints the line of what is under way."""
+    state.told = time.monotonic()
+    inner = state.works[1:] if state.announced else state.works
+    parts = [" ".join(filter(None, (work.title, work.counted, work.said))) for work in inner or state.works]
+    line = f"{duration(elapsed())}: {', '.join(parts)}"
+    _record(line)
+    if not console.is_terminal:
+        _print(f"{time.strftime('%H:%M:%S')} {line}")
+
+
+def _bars() -> RenderableType:
+    """The works that are under way as a grid, one a row."""
+    grid = Table.grid(padding=(0, 1))
+    for style in ("", "", "green", "yellow", "cyan"):
+        grid.add_column(style=style, no_wrap=True, overflow="ellipsis")
+    for index, work in enumerate([*_state.works]):
+        seconds = elapsed() if _state.announced and not index else work.seconds
+        bar = ProgressBar(work.total, work.done, width=BAR) if work.total > 1 else ""
+        ahead = f"{duration(seconds / work.done * (work.total - work.done))} left" if work.done else ""
+        grid.add_row(f"{work.title} {work.said}".rstrip(), bar, work.counted, duration(seconds), ahead)
+    return grid
+
+
+def _print(text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _record(text: str) -> None:
+    """Adds lines with the time to the log."""
+    if _state.log is not None:
+        now = time.strftime("%Y-%m-%d %H:%M:%S")
+        _state.log.writelines(f"{now} {line}\n" for line in text.splitlines())
+        _state.log.flush()
+
+
+def _result(printed: str | Table, style: str | None = None) -> None:
+    """Prints a part of the result; text stands as it is."""
+    if _state.live is not None:
+        _state.live.stop()
+    text, plain = io.StringIO(), isinstance(printed, str)
+    for to in (output, Console(file=text, width=WIDTH)):
+        to.print(printed, style=style, markup=not plain, highlight=not plain, soft_wrap=plain)
+    if _state.live is not None:
+        _draw(_state)
+    _record(text.getvalue())
 
 
 def say(text: str) -> None:
     """Prints a line of the result as it is."""
-    output.print(text, markup=False, highlight=False, soft_wrap=True)
+    _result(text)
 
 
 def note(text: str) -> None:
     """Prints a note, which is no result: what was assumed, or did not go as asked."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    _record(text)
+    _print(text)
+
+
+def detail(text: str) -> None:
+    """Prints what only ``--verbose`` shows and a log has."""
+    _record(text)
+    if _state.verbose:
+        _print(text)
+
+
+def error(text: str) -> None:
+    """Prints an error, which ``--quiet`` shows, too."""
+    _record(text)
+    print(text, file=sys.stderr, flush=True)
 
 
 def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], numeric: Sequence[int] = ()) -> None:
@@ -98,6 +299,24 @@ def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], 
         made.add_row(*(escape(_fitted(row[i], width)) for i, width in zip(kept, widths, strict=True)))
     output.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     output.print(made)
+    """Prints a table; the columns in ``numeric`` are aligned to the right."""
+    made = Table(header_style="bold")
+    for index, header in enumerate(headers):
+        made.add_column(header, justify="right" if index in numeric else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
+    _result(title, style="bold")
+    _result(made)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 3.2 s, 4 min 12 s, 2 h 5 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return " ".join(filter(None, (f"{minutes} min" if minutes else "", f"{rest} s" if rest else "")))
+    return f"{minutes // 60} h" + (f" {minutes % 60} min" if minutes % 60 else "")
 
 
 LEAST_WORD = 8

@@ -226,6 +226,9 @@ def test_another_kind_of_model_is_told_so(capsys: pytest.CaptureFixture[str], mo
         (("--guidance", "-2"), "--guidance -2 must be 0 or more"),
         (("--json", "{folder}/absent/x.json"), "there is no folder"),
         (("--json", "{folder}"), "is a folder; name a file"),
+        (("--log", "{folder}/absent/x.log"), "there is no folder"),
+        (("--log", "{folder}"), "is a folder; name a file"),
+        (("--log", "/proc/x.log"), "cannot write /proc/x.log"),
         (("--seed", "-1"), "--seed -1 must be 0 to 2147483647"),
         (("--seed", "5000000000"), "--seed 5000000000 must be 0 to 2147483647"),
         (("--dumps", "{folder}/x.mpq/dumps"), "lies within the output"),
@@ -258,6 +261,20 @@ def test_a_budget_that_cannot_be_met_names_the_least(
     assert not (tmp_path / "cache").exists()  # refused before the long measurement
     arguments = ("--weights", str(least + 0.01), *arguments[2:], "--target", "reference")
     assert mpqc.main(["compile", str(few_layers), "-o", str(tmp_path / "x.mpq"), *map(str, arguments)]) == 0
+
+
+@pytest.mark.parametrize(("recipe", "weights"), [("w8a8", "3"), ("default", "1.2"), ("packed", "1.2")])
+def test_a_budget_below_what_shapes_take_is_refused_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], few_layers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    recipe: str, weights: str,
+) -> None:  # fmt: skip
+    for step in ("equalize.Equalize", "calibrate.Calibrate"):
+        monkeypatch.setattr(f"mpq_compiler.passes.{step}.run", lambda *given: pytest.fail("inputs are run"))
+    given = ("compile", few_layers, "--recipe", recipe, "--weights", weights)
+    for more in (("-o", tmp_path / "x.mpq"), ("--estimate",)):
+        sentence = refused(capsys, *given, *more)
+        assert "cannot be met: the least that the formats allow is" in sentence
+        assert ("use the default recipe" in sentence) == (recipe == "w8a8")
 
 
 @pytest.mark.parametrize(
@@ -530,8 +547,17 @@ def test_an_existing_output_is_refused_and_kept(
     assert picture.read_text() == "mine"
 
 
-def test_a_place_that_cannot_be_written(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    refused(capsys, "compile", model, "-o", "/proc/x.mpq", "--target", "reference", *QUICK)
+def test_what_this_machine_cannot_make_is_refused_before_a_model_is_read(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mpq_compiler.driver.compile.load_denoiser", lambda *asked: pytest.fail("the model is read"))
+    for option in ("-o", "--json", "--log"):
+        place = () if option == "-o" else ("-o", tmp_path / "x.mpq")
+        assert "cannot write /proc/x" in refused(capsys, "compile", model, option, "/proc/x", *place, *QUICK)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for more in ((), ("--emit", "c")):
+        sentence = refused(capsys, "compile", model, "-o", tmp_path / "x.mpq", "--target", "aarch64-dotprod", *more)
+        assert "cannot link for 'aarch64-dotprod'" in sentence
 
 
 def test_ctrl_c_leaves_nothing_but_the_cache(few_layers: Path, few: tuple[str, ...], tmp_path: Path) -> None:

@@ -38,6 +38,27 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout == "[]\n"
 
 
+ANNOUNCED = """
+import sys
+from mpq_compiler.cli import mpqc
+
+given = mpqc.parser().parse_args
+for arguments in (["compile", "a", "--weights", "3"], ["sensitivity", "a", "-o", "b"], ["bench", "a"], ["eval", "a"],
+                  ["demo"], ["latency", "a", "-o", "b"]):
+    args = given(arguments)
+    print(args.announce(args))
+print(sorted(set(sys.argv[1:]) & sys.modules.keys()))
+"""
+
+
+def test_what_is_about_to_be_done_is_said_before_anything_heavy_is_imported() -> None:
+    done = subprocess.run([sys.executable, "-c", ANNOUNCED, *HEAVY], capture_output=True, text=True)
+    *said, heavy = done.stdout.splitlines()
+    assert heavy == "[]", done.stderr
+    assert re.fullmatch(r"compiling a for \S+ \(native\): recipe default, weights 3", said[0])
+    assert said[-1] == "measuring the kernels of a" and len(said) == 6
+
+
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         mpqc.main(["--help"])

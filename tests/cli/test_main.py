@@ -308,6 +308,26 @@ def test_the_cache_is_listed_and_cleared(folder: Path, model: Path) -> None:
     assert command(folder, "cache", "--cache", cache)["kinds"] == {}
 
 
+def test_more_and_less_of_a_compilation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``-v`` and ``--log`` have the time of every pass and what the cache had, ``-q`` nothing beside the result."""
+    model = tiny.save("dit", folder / "dit")
+    given = ["compile", str(model), "--recipe", "w8a8", "--cache", str(folder / "cache"), "--jobs", "2", *QUICK]
+    assert mpqc.main([*given, "-o", str(folder / "loud.mpq"), "-v"]) == 0
+    said = capsys.readouterr().err
+    passes = re.findall(r"^pass (\d+) of (\d+): (\S+) took", said, re.MULTILINE)
+    assert [name for _, _, name in passes] == [p.name() for p in recipes.load("w8a8").passes()]
+    assert [(int(i), int(count)) for i, count, _ in passes] == [(i, len(passes)) for i in range(1, len(passes) + 1)]
+    assert re.search(r"^kernels: the cache has 0 of \d+$", said, re.MULTILINE)
+    assert re.search(r"^kernels took .*\n(.*\n)*judging took", said, re.MULTILINE)
+    log = folder / "quiet.log"
+    assert mpqc.main([*given, "-o", str(folder / "quiet.mpq"), "-q", "--log", str(log)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "" and "true average bits" in printed.out
+    kept = log.read_text(encoding="utf-8")
+    assert re.search(r" kernels: the cache has (\d+) of \1$", kept, re.MULTILINE)
+    assert kept.count(" took ") >= len(passes) and "true average bits" in kept
+
+
 def test_json_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert mpqc.main(["models", "--json", "-"]) == 0
     assert schemas.check(json.loads(capsys.readouterr().out), "models") is None

@@ -64,12 +64,13 @@ def test_time_is_reckoned_by_the_speed_here_where_it_is_minutes(monkeypatch):
 def test_a_command_that_takes_minutes_says_so_before_it_begins(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(estimate, "LONG", 0.0)
     model = tiny.save("dit", tmp_path / "model")
-    options = ["--recipe", "w8a8", "--samples", "2", "--steps", "2", "--target", "reference", "--jobs", "1"]
+    options = ["--recipe", "w8a8", "--samples", "2", "--steps", "2", "--target", "reference", "--jobs", "1", "-v"]
     place = tmp_path / "report.json"
     assert mpqc.main(["compile", str(model), "-o", str(tmp_path / "out"), "--json", str(place), *options]) == 0
     said = capsys.readouterr().err
     assert re.search(r"this will take about \d+\.\d s here: \S+ \d+\.\d s, .*; --estimate has all passes", said)
     assert said.index("this will take") < said.index("calibrating")
+    assert re.search(r"^done in .+ \(estimated .+\)$", said, re.MULTILINE)
     report = json.loads(place.read_text(encoding="utf-8"))
     taken = [step["name"] for step in (*report["passes"], *report["after"])]
     assert [step["name"] for step in report["estimate"]["steps"]] == taken

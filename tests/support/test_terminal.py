@@ -1,20 +1,142 @@
-"""What is printed where there is no terminal."""
+"""What is printed: on a terminal, without one, and to a log."""
 
 from __future__ import annotations
 
+import logging
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from mpq_compiler.support import terminal
 
 
-def test_long_work_is_heard_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(terminal, "SILENCE", -1.0)
-    with terminal.progress("counting", 3) as advance:
-        for _ in range(3):
-            advance(1)
-    assert capsys.readouterr().err.splitlines() == ["counting (3) ...", "counting: 1 of 3", "counting: 2 of 3"]
+@pytest.fixture(autouse=True)
+def ended() -> Iterator[None]:
+    yield
+    terminal.reset()
+    terminal.configure()
+
+
+def test_long_work_is_heard_of_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a terminal there are lines by the clock, with the time, whether or not the work advances."""
+    monkeypatch.setattr(terminal, "SILENCE", 0.2)
+    terminal.configure()
+    with terminal.progress("pass 4 of 17: sensitivity", 1), terminal.progress("losses", 1000) as advance:
+        for _ in range(1000):
+            advance(1, "12.0 dB")
+        time.sleep(0.5)
+    lines = capsys.readouterr().err.splitlines()
+    stamp = r"\d\d:\d\d:\d\d [\d.]+ s: pass 4 of 17: sensitivity"
+    assert re.fullmatch(stamp, lines[0])
+    assert 2 <= len(lines) <= 4
+    assert all(re.fullmatch(stamp + ", losses 1000 of 1000 12.0 dB", line) for line in lines[1:])
+
+
+def test_a_command_says_what_it_does_and_how_long_that_took(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.configure()
+    with terminal.announced("compiling it"):
+        assert capsys.readouterr().err == "compiling it\n"
+        with terminal.progress("pass 1 of 2: trace", 1):
+            terminal.expect(252)
+    assert re.fullmatch(r"done in 0\.\d s \(estimated 4 min 12 s\)\n", capsys.readouterr().err)
+
+
+def test_a_command_that_fails_is_not_done(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.configure()
+    with pytest.raises(ValueError, match="no"), terminal.announced("compiling it"):
+        raise ValueError("no")
+    assert capsys.readouterr().err == "compiling it\n"
+
+
+def everything(**how: Any) -> None:
+    """What commands print, of every kind."""
+    terminal.configure(**how)
+    logger = logging.getLogger("mpq_compiler.passes.some_pass")
+    with terminal.announced("compiling it"):
+        with terminal.progress("pass 1 of 2: trace", 1):
+            logger.info("the cache has it")
+        terminal.note("note: of it")
+        terminal.table("it", ("what",), [("value",)])
+    terminal.error("mpqc: it failed")
+
+
+def test_quiet_has_results_and_errors_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    everything(quiet=True)
+    printed = capsys.readouterr()
+    assert printed.err == "mpqc: it failed\n" and "value" in printed.out
+
+
+def test_verbose_has_times_and_what_was_reused(capsys: pytest.CaptureFixture[str]) -> None:
+    everything()
+    usual = capsys.readouterr().err.splitlines()
+    everything(verbose=True)
+    more = [line for line in capsys.readouterr().err.splitlines() if line not in usual and "done" not in line]
+    assert more == ["the cache has it", "pass 1 of 2: trace took 0.0 s"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_log_keeps_it_all_behind_what_it_held(tmp_path: Path, quiet: bool) -> None:
+    log = tmp_path / "x.log"
+    log.write_text("earlier\n")
+    everything(quiet=quiet, log=log)
+    terminal.reset()
+    first, *lines = log.read_text(encoding="utf-8").splitlines()
+    assert first == "earlier"
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    said = "\n".join(line[20:] for line in lines)
+    for text in ("compiling it", "the cache has it", "pass 1 of 2: trace took", "of it", "value", "done in", "failed"):
+        assert text in said
+
+
+def test_results_stand_among_bars_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What bars erase when they are drawn again is their own lines, not those of a result."""
+    monkeypatch.setattr(terminal, "console", Console(stderr=True, force_terminal=True, width=100))
+    monkeypatch.setattr(terminal, "output", terminal.console)
+    terminal.configure()
+    with terminal.progress("pass 1 of 2: trace", 1), terminal.progress("losses", 10) as advance:
+        advance(5)
+        assert terminal._state.live is not None
+        terminal._state.live.refresh()
+        terminal.say("a result")
+        terminal._state.live.refresh()
+    screen = drawn(capsys.readouterr().err)
+    assert [line for line in screen if line.strip()] == ["a result"]
+
+
+def drawn(text: str) -> list[str]:
+    """The lines that a terminal shows after it has obeyed this text."""
+    lines, row, column = [""], 0, 0
+    for count, code, char in re.findall(r"\x1b\[\??([\d;]*)([A-Za-z])|([^\x1b])", text):
+        if code == "A":
+            row -= int(count or 1)
+        elif code == "K":
+            lines[row] = ""
+        elif char == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        elif char == "\r":
+            column = 0
+        elif char:
+            line = lines[row].ljust(column)
+            lines[row], column = line[:column] + char + line[column + 1 :], column + 1
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (3.21, "3.2 s"), (59.6, "1 min"), (252, "4 min 12 s"), (7500, "2 h 5 min"), (3600, "1 h")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert terminal.duration(seconds) == text
 
 
 def test_cells_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
