@@ -20,7 +20,8 @@ PAGES = [page for page in pages.pages() if any(block.is_run for block in pages.b
 def follow(page: str, folder: Path) -> None:
     """Does what the page says in ``folder``, where path/to/model is a tiny UNet; python with a name of a file is
     written there."""
-    tiny.save("unet2d", folder / "path" / "to" / "model")
+    (folder / "path" / "to").mkdir(parents=True)
+    tiny.save("unet2d", folder).rename(folder / "path" / "to" / "model")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "COLUMNS": "120"}
     for block in filter(lambda block: block.is_run, pages.blocks(page)):
         text = block.commands
