@@ -12,7 +12,7 @@ COMMIT ?= $(shell git rev-parse HEAD)
 LIMIT ?= 600
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-all test-shard lint clean
+.PHONY: demo test test-all test-shard lint docs clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/mpqc demo --overwrite
@@ -33,10 +33,15 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/lint-imports --no-logo
 	$(VENV)/bin/python -m tests.harness.any_count
 
+# The documentation as a site, in build/site. The variable keeps a notice of mkdocs-material's about mkdocs 2 quiet.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
 $(VENV)/.installed: setup.cfg constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt $(TORCH_ARGS) torch
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,bench]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,bench,docs]'
 	touch $@
 
 clean:

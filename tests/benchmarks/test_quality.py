@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -128,3 +129,16 @@ def test_few_steps_are_those_of_all_that_samples():
     usual = {p.name(): p for p in resolve.resolve(options.Options())}
     more = {p.name(): p for p in resolve.resolve(options.Options(steps=50))}
     assert [more[n].steps == usual[n].steps for n in ("equalize", "rotate", "distill")] == [True] * 3
+
+
+def test_every_recipe_has_a_line_of_its_own():
+    """No two have one color, nor does a mark depend on how many there are; axes say what they are, with units."""
+    points = {name: [(2.2, 10.0 + place), (8.1, 30.0 + place)] for place, name in enumerate(quality_cells.COMPARED)}
+    text = quality_tables.chart(points, "all")
+    colors = re.findall(r'<polyline [^>]*stroke="(#\w+)"', text)
+    assert len(colors) == len({*colors}) == len(points)
+    assert "true average bits" in text and "dB</text>" in text
+    assert {*re.findall(r">([\w-]+)</text>", text)} >= {*points}
+    alone = quality_tables.chart({"packed": points["packed"]}, "one")
+    assert re.search(r'<polyline [^>]*stroke="(#\w+)"', alone)[1] == colors[[*points].index("packed")]
+    assert all(0 <= float(y) <= 440 for y in re.findall(r"translate\([\d.]+ ([\d.]+)\)", text))
