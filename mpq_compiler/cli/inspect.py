@@ -291,7 +291,8 @@ def _table(path: Path, rows: list[dict[str, Any]], total: int, order: Order) -> 
     )
     named = {name for row in shown for name in (row["weight"], _short(row["activation"]))}
     losses = ["loss"] if any(row["loss"] is not None for row in shown) else []
-    terminal.say(legend([*named, *losses], terminal.output.width))
+    if said := legend([*named, *losses], terminal.output.width):
+        terminal.say(said)
 
 
 def _short(activation: str) -> str:

@@ -341,7 +341,7 @@ def _widths(columns: Sequence[tuple[list[str], list[str], bool]], room: int) -> 
 
 
 def _fitted(text: str, width: int) -> str:
-    """The text with words that are longer than their column broken behind a dot, a slash or a comma.
+    """The text with words that are longer than their column broken behind dots, slashes, commas, then behind each _.
 
     What is longer even so loses its middle.
     """
@@ -351,14 +351,16 @@ def _fitted(text: str, width: int) -> str:
         return piece if len(piece) <= width else f"{piece[:head]}…{piece[len(piece) - (width - 1 - head) :]}"
 
     def broken(word: str) -> str:
-        lines = [""]
-        for piece in [word] if len(word) <= width else re.findall(r"[^./,]*[./,]|[^./,]+", word):
+        lines, pieces = [""], re.findall(r"[^./,]*[./,]|[^./,]+", word)
+        if any(len(piece) > width for piece in pieces):
+            pieces = re.findall(r"[^./,_]*[./,_]|[^./,_]+", word)
+        for piece in pieces:
             if lines[-1] and len(lines[-1] + piece) > width:
                 lines.append("")
             lines[-1] += shorter(piece)
         return "\n".join(lines)
 
-    return " ".join(map(broken, text.split(" ")))
+    return " ".join(word if len(word) <= width else broken(word) for word in text.split(" "))
 
 
 def arranged(rows: Sequence[Row], by: str | None, top: int | None) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from mpq_compiler import schemas
 from mpq_compiler.api import compile
 from mpq_compiler.artifact import bundle
-from mpq_compiler.bench import run, subject
+from mpq_compiler.bench import run, show, subject
 from mpq_compiler.bench.rows import rows
 from mpq_compiler.cli import mpqc
 from mpq_compiler.latency import timing
@@ -164,6 +165,22 @@ def test_the_plot_is_svg_and_not_overwritten(plain, tmp_path, capsys):
     (tmp_path / "roof.svg").write_text("mine")
     assert mpqc.main(["bench", str(plain), "--plot", str(tmp_path / "roof.svg")]) == 1
     assert (tmp_path / "roof.svg").read_text() == "mine"
+
+
+def test_kernels_are_sorted_and_the_first_are_shown(capsys):
+    rest = {"node": "n", "share": 0.1, "part": "step", "bytes": 10, "gmacs": None, "reached": None, "template": "gemm"}
+    rows = [{"layer": f"layer{i}.weight", "ms": ms, "weights": "int2+b", **rest} for i, ms in enumerate((0.5, 2, 1))]
+    show._show_kernels(rows, "ms", 2)
+    printed = capsys.readouterr().out
+    assert printed.startswith("kernels, 2 of 3\n") and "+b: and a binary branch" in printed
+    assert re.findall(r"│ (layer\d) ", printed) == ["layer1", "layer2"]
+    assert "GMAC/s" not in printed and "3.500 ms in all" in printed
+
+
+@pytest.mark.parametrize("arguments", [["--sort", "ms"], ["--top", "3"]])
+def test_an_order_is_of_kernels(plain, arguments, capsys):
+    assert mpqc.main(["bench", str(plain), *arguments]) == 1
+    assert capsys.readouterr().err.startswith("mpqc: --sort and --top are of the table of --kernels")
 
 
 def test_peaks_are_those_of_a_core():
