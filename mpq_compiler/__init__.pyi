@@ -80,6 +80,7 @@ def compile(
     guidance: float | None = None,
     conditions: str | Path | None = None,
     sensitivity: str | Path | None = None,
+    plan: str | Path | None = None,
     numerics: str | None = None,
     effort: str | None = None,
     minutes: float | None = None,
@@ -158,6 +159,8 @@ def compile(
         conditions: A safetensors file with the conditions to sample with, for models whose encoders are elsewhere.
             Default: None.
         sensitivity: A sensitivity table of the model, in place of measuring one. Default: None.
+        plan: A plan that `mpqc allocate -o` wrote, in place of budgets and of measuring what they need. Default:
+            None.
         numerics: The numerics mode: "portable" has equal bits on every CPU target, "fast" adds bfloat16 and 8-bit
             attentions. None takes the recipe's or, where it states none, portable on CPUs and fast on GPUs. A
             pipeline by hand is taken as it stands. Default: None.
@@ -225,6 +228,7 @@ def compile(
     guidance: float | None = None,
     conditions: str | Path | None = None,
     sensitivity: str | Path | None = None,
+    plan: str | Path | None = None,
     numerics: str | None = None,
     effort: str | None = None,
     minutes: float | None = None,
@@ -271,6 +275,7 @@ def estimate(
     guidance: float | None = None,
     conditions: str | Path | None = None,
     sensitivity: str | Path | None = None,
+    plan: str | Path | None = None,
     numerics: str | None = None,
     effort: str | None = None,
     minutes: float | None = None,
@@ -320,6 +325,7 @@ def measure_latency(
     guidance: float | None = None,
     conditions: str | Path | None = None,
     sensitivity: str | Path | None = None,
+    plan: str | Path | None = None,
     numerics: str | None = None,
     effort: str | None = None,
     minutes: float | None = None,
@@ -366,6 +372,7 @@ def measure_sensitivity(
     guidance: float | None = None,
     conditions: str | Path | None = None,
     sensitivity: str | Path | None = None,
+    plan: str | Path | None = None,
     numerics: str | None = None,
     effort: str | None = None,
     minutes: float | None = None,

@@ -297,14 +297,6 @@ def table(title: str, headers: Sequence[str], rows: Iterable[Sequence[object]], 
         made.add_column(header[0], justify="right" if right else "left", overflow="fold", width=width)
     for row in cells:
         made.add_row(*(escape(_fitted(row[i], width)) for i, width in zip(kept, widths, strict=True)))
-    output.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
-    output.print(made)
-    """Prints a table; the columns in ``numeric`` are aligned to the right."""
-    made = Table(header_style="bold")
-    for index, header in enumerate(headers):
-        made.add_column(header, justify="right" if index in numeric else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*("" if cell is None else escape(str(cell)) for cell in row))
     _result(title, style="bold")
     _result(made)
 
