@@ -139,10 +139,10 @@ def test_the_pass_goes_where_it_can() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"lora_layers": "*"}, "--lora-layers says which layers have a branch of --lora-rank: add that"),
+        ({"lora_layers": "*"}, "lora_layers says which layers have a branch of lora_rank: add that"),
         ({"lora_rank": 0}, "option 'rank' of pass 'lora' must be 1 or more, not 0"),
-        ({"lora_rank": 4, "emit": "c", "target": "x86-64-avx2"}, "program that --emit c makes cannot load a LoRA"),
-        ({"lora_rank": 4, "target": "onnx"}, "--lora-rank is for CPU targets and the reference, and 'onnx' is none"),
+        ({"lora_rank": 4, "emit": "c", "target": "x86-64-avx2"}, "program that emit c makes cannot load a LoRA"),
+        ({"lora_rank": 4, "target": "onnx"}, "lora_rank is for CPU targets and the reference, and 'onnx' is none"),
     ],
 )
 def test_what_cannot_have_branches_is_refused_at_once(tmp_path: Path, options: dict, said: str) -> None:

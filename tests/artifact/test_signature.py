@@ -310,9 +310,9 @@ def test_a_key_with_a_passphrase(tmp_path: Path, keys: tuple[Pair, Pair]) -> Non
     private = signing.private_key(tmp_path / "k.pem", b"secret")
     assert private.public_key().public_bytes_raw().hex() == fingerprint
     for path, passphrase, said in (
-        (tmp_path / "k.pem", None, "is encrypted: give its passphrase with --passphrase-file"),
+        (tmp_path / "k.pem", None, "is encrypted: give its passphrase with passphrase_file"),
         (tmp_path / "k.pem", b"wrong", "or its passphrase is another"),
-        (keys[0].private, b"secret", "is not encrypted: leave --passphrase-file out"),
+        (keys[0].private, b"secret", "is not encrypted: leave passphrase_file out"),
     ):
         with pytest.raises(UserError, match=said):
             signing.private_key(path, passphrase)

@@ -95,9 +95,9 @@ def _tasks(self, task, shared, items, ended):
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("tpu", "--device 'tpu' is not known: it is 'cpu', 'cuda' or 'cuda:1'"),
-        ("cuda:x", "--device 'cuda:x' is not known"),
-        ("cuda:7", "--device cuda:7: torch sees 2 GPUs here; leave it out to compile on the CPU"),
+        ("tpu", "device='tpu' is not known: it is 'cpu', 'cuda' or 'cuda:1'"),
+        ("cuda:x", "device='cuda:x' is not known"),
+        ("cuda:7", "device cuda:7: torch sees 2 GPUs here; leave it out to compile on the CPU"),
     ],
 )
 def test_a_device_that_is_not_there_is_a_sentence(name, sentence, monkeypatch):

@@ -49,7 +49,7 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError) as error:
         cluster.kind_of("ray")
     assert str(error.value) == (
-        "--distributed ray needs absent_cluster, which is not installed: pip install 'mpq-compiler[ray]'"
+        "distributed ray needs absent_cluster, which is not installed: pip install 'mpq-compiler[ray]'"
     )
 
 

@@ -238,7 +238,7 @@ def test_its_time_is_that_of_the_wall(unet):
     done = subprocess.run(command, capture_output=True, text=True, env=kernels.environment(**options))
     clock, profiled, against = done.stdout.splitlines()
     assert clock == "wall"
-    assert "launched as one graph" in profiled and "leave --against out" in against
+    assert "launched as one graph" in profiled and "leave against out" in against
 
 
 @pytest.mark.parametrize(
