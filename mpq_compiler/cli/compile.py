@@ -198,7 +198,7 @@ def _print_estimate(found: Estimate) -> None:
     from mpq_compiler.driver.estimate import Step
 
     rows = [
-        (s.name, _seconds(s.seconds), _seconds(s.cpu_seconds), terminal.size(s.peak_bytes), terminal.size(s.disk_bytes))
+        (s.name, *map(terminal.duration, (s.seconds, s.cpu_seconds)), *map(terminal.size, (s.peak_bytes, s.disk_bytes)))
         for s in (*found.steps, Step("all", found.cpu_seconds, found.seconds, found.peak_bytes, found.disk_bytes))
     ]
     title = f"estimate for {found.jobs} job{'s' if found.jobs > 1 else ''}; disk is that of TMPDIR"
@@ -208,17 +208,13 @@ def _print_estimate(found: Estimate) -> None:
 def _time(found: Estimate, what: str) -> str:
     """How long a compilation takes from now on, in a sentence."""
     longest = sorted(found.steps, key=lambda step: -step.seconds)[:3]
-    said = ", ".join(f"{step.name} {_seconds(step.seconds)}" for step in longest)
-    return f"{what} will take about {_seconds(found.seconds)} here: {said}, ...; --estimate has all passes"
+    said = ", ".join(f"{step.name} {terminal.duration(step.seconds)}" for step in longest)
+    return f"{what} will take about {terminal.duration(found.seconds)} here: {said}, ...; --estimate has all passes"
 
 
 def _print_memory(found: Estimate) -> None:
     rows = [(step.name, terminal.size(step.peak_bytes), terminal.size(step.disk_bytes)) for step in found.steps]
     terminal.table("most memory and disk, estimated", ("step", "memory", "disk"), rows, numeric=(1, 2))
-
-
-def _seconds(count: float) -> str:
-    return f"{count:.1f} s" if count < 100 else f"{count / 60:.1f} min" if count < 6000 else f"{count / 3600:.1f} h"
 
 
 def _summary(report: Report) -> list[tuple[str, object]]:

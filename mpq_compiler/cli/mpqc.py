@@ -111,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     terminal.output.stderr = args.json == "-"
     UserError.command_line = True
     try:
-        for file in (args.json, args.log):
-            if file not in (None, "-"):
+        for file in (None if args.json == "-" else args.json, args.log):
+            if file is not None:
                 output.require_new(file, overwrite=True)
         terminal.configure(args.quiet, args.verbose, args.log)
         with _ends_by_signals(), _noted(), terminal.announced(args.announce(args)):

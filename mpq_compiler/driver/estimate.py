@@ -18,7 +18,7 @@ from mpq_compiler.driver import budgets
 from mpq_compiler.driver.check import check
 from mpq_compiler.driver.held_out import judged_on
 from mpq_compiler.driver.judge import JUDGED_TOGETHER, REFERENCE_LEAST, REFERENCE_MACS, compared_together
-from mpq_compiler.driver.lower import halves, load_denoiser, lower
+from mpq_compiler.driver.lower import check_shapes, halves, load_denoiser, lower
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.resolve import resolve, with_role
 from mpq_compiler.frontend import calibration_file
@@ -201,6 +201,8 @@ def estimate_denoiser(model: str | Path | Denoiser, progress: Progress | None = 
     front, rest = halves(resolve(chosen))
     denoiser = load_denoiser(model, chosen)
     lowering = lower(denoiser, chosen, progress, front)
+    if chosen.sensitivity is None:
+        check_shapes(lowering.program, [*front, *rest])
     workload = Workload.of(lowering.program, rest, denoiser, chosen)
     jobs, _ = fit_jobs(workload, chosen.jobs, chosen.memory_limit)
     with single_threaded():

@@ -204,7 +204,7 @@ def lower(
             laid_out.extend(specialize.traced(kind, passes) for kind in denoiser.kinds)
             _check_plan(program, session.plan)
             if session.sensitivity is None:
-                _check_shapes(program, everything)
+                check_shapes(program, passes)
         if step.provides >= {"time-groups"} and session.sensitivity is None:
             _check_budget(program, passes, latency)
 
@@ -274,7 +274,7 @@ def _check_plan(program: Program, plan: Mapping[str, str] | None) -> None:
         raise UserError(f"the plan is another model's: {program.model} has none of its {len(plan)} layers")
 
 
-def _check_shapes(program: Program, passes: Sequence[Pass]) -> None:
+def check_shapes(program: Program, passes: Sequence[Pass]) -> None:
     """Raises a UserError for a budget of bytes below what layers of these shapes take, before anything is measured.
 
     What passes may add does not count here, nor scales of activations; the sentence names a budget that has these, too.

@@ -154,8 +154,9 @@ def compile_pipeline(
             for index, (name, part) in enumerate(made.items(), 1):
                 dumps = None if chosen.dumps is None else chosen.dumps / name
                 own = replace(part.options, weights=budgets[name], overwrite=False, dumps=dumps)
-                with context.track(f"part {index} of {len(made)}: {name}", 1):
+                with context.track(f"part {index} of {len(made)}: {name}", 1) as advance:
                     reports[name] = compile_denoiser(part.model, folder / name, progress, planned, **vars(own))
+                    advance(1)
         files = {_tokenizer_file(tokens.name): tokens.model.encode() for tokens in taken.tokens if TEXT in parts}
         if chosen.emit and {*parts} >= {*ROLES}:  # with less nothing is drawn
             files |= _program(folder, sorted(name for name in reports if role[name] != ENCODER), chosen)

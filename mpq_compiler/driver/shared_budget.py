@@ -92,8 +92,9 @@ def shares(
     tables: dict[str, SensitivityTable] = {}
     found: dict[str, Part] = {}
     for index, (name, part) in enumerate(parts.items(), 1):
-        with drawing.context.track(f"sensitivities of part {index} of {len(parts)}: {name}", 1):
+        with drawing.context.track(f"sensitivities of part {index} of {len(parts)}: {name}", 1) as advance:
             tables[name] = measure_sensitivity(part.model, progress, **vars(replace(part.options, weights=None)))
+            advance(1)
         file = scratch / f"{name}.sensitivity.json"
         file.write_text(json.dumps(tables[name]))
         found[name] = replace(part, options=replace(part.options, sensitivity=file))

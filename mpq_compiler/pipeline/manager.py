@@ -56,8 +56,9 @@ class Record:
 def recorded(name: str, records: list[Record], progress: Progress | None = None) -> Iterator[None]:
     """Adds the record of a step that is none of the passes: what runs within the block."""
     start, cpu = time.perf_counter(), cpu_seconds()
-    with PeakMemory() as memory, tracked(progress, name, 1):
+    with PeakMemory() as memory, tracked(progress, name, 1) as advance:
         yield
+        advance(1)
     records.append(Record(name, time.perf_counter() - start, cpu_seconds() - cpu, memory.take()))
 
 
@@ -94,9 +95,10 @@ def run_pipeline(
     with PeakMemory() as memory:
         for index, p in enumerate(passes, first):
             start, cpu = time.perf_counter(), cpu_seconds()
-            with session.track(f"pass {index + 1} of {count}: {p.name()}", 1):
+            with session.track(f"pass {index + 1} of {count}: {p.name()}", 1) as advance:
                 before, program = program, p.run(program, session)
                 verify(program, after=p.name())
+                advance(1)
             taken = time.perf_counter() - start
             if taken > LONG:
                 trim()

@@ -70,7 +70,7 @@ class RunContext:
     """Opens a progress bar for a pass, or for work of more than two seconds within it; None shows no bars.
 
     Used as ``with progress("calibrating", total) as advance: advance(1)``. ``advance(1, "12.3 dB")`` shows the text
-    beside the bar. A pass has a total of 1, and never advances.
+    beside the bar. A pass has a total of 1.
     """
     saved: list[float] = field(default_factory=list)
     """CPU seconds of work that was not done again, because an earlier run had left its results in the cache."""

@@ -37,8 +37,8 @@ if not output.is_terminal and "COLUMNS" not in os.environ:
 Row = Mapping[str, Any]
 SILENCE = 30.0
 """Seconds between two lines of progress where no bar is drawn."""
-BAR = 30
-"""Columns of a bar."""
+BAR, BARS = 20, 100
+"""Columns of a bar, and of a row with one at most."""
 
 
 @dataclass(eq=False)
@@ -217,12 +217,14 @@ def _tell(state: _State) -> None:
 def _bars() -> RenderableType:
     """The works that are under way as a grid, one a row."""
     grid = Table.grid(padding=(0, 1))
-    for style in ("", "", "green", "yellow", "cyan"):
-        grid.add_column(style=style, no_wrap=True, overflow="ellipsis")
+    grid.width = min(BARS, console.width)
+    grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    for style in (None, "green", "yellow", "cyan"):
+        grid.add_column(style=style, no_wrap=True)
     for index, work in enumerate([*_state.works]):
         seconds = elapsed() if _state.announced and not index else work.seconds
         bar = ProgressBar(work.total, work.done, width=BAR) if work.total > 1 else ""
-        ahead = f"{duration(seconds / work.done * (work.total - work.done))} left" if work.done else ""
+        ahead = f"{duration(seconds / work.done * (work.total - work.done))} left" if bar and work.done else ""
         grid.add_row(f"{work.title} {work.said}".rstrip(), bar, work.counted, duration(seconds), ahead)
     return grid
 
