@@ -18,10 +18,10 @@ PAGES = [page for page in pages.pages() if any(block.is_run for block in pages.b
 
 
 def follow(page: str, folder: Path) -> None:
-    """Does what the page says in ``folder``, where path/to/model is a tiny UNet; python with a name of a file is
-    written there."""
+    """Does what the page says in ``folder``, where path/to/model is a tiny UNet like fashion-unet; python that
+    begins with the name of a file is written there."""
     (folder / "path" / "to").mkdir(parents=True)
-    tiny.save("unet2d", folder).rename(folder / "path" / "to" / "model")
+    tiny.save("unet2d-class", folder).rename(folder / "path" / "to" / "model")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable, "COLUMNS": "120"}
     for block in filter(lambda block: block.is_run, pages.blocks(page)):
         text = block.commands

@@ -3,7 +3,7 @@
 A comment before a block is its mark; without one its commands are run as they stand, all of a page in one folder:
 
     <!-- not run: needs a GPU -->
-    <!-- run with: fashion-unet -> path/to/model, 1200 -> 4 -->
+    <!-- run with: fashion-unet -> path/to/model; 1200 -> 4 -->
     <!-- run by: tests/integration/test_extending.py -->
 
 A page whose blocks all have the same mark says it once: ``<!-- every block not run: ... -->``.
@@ -46,7 +46,7 @@ class Block:
         """What is run: of a console the lines behind its prompts, with what the mark puts elsewhere."""
         lines = self.text.splitlines()
         text = "\n".join(x[2:] for x in lines if x.startswith("$ ")) if self.language == "console" else self.text
-        for pair in self.note.split(", ") if self.kind == "run with" else ():
+        for pair in self.note.split("; ") if self.kind == "run with" else ():
             old, _, new = pair.partition(" -> ")
             assert old in text, f"{self.page}:{self.line}: there is no '{old}' to replace"
             text = text.replace(old, new)
