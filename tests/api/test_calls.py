@@ -177,7 +177,7 @@ def test_a_latent_without_recorded_calls_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="the calls have no tensor 'noise': they have sound, level, words, ids"):
             mpq_compiler.compile(model, tmp_path / "x.mpq", example=named, **wrong, **QUICK)
     for option in ("latent", "time"):
-        with pytest.raises(UserError, match=f"--{option} says what an argument of recorded calls is: give a file"):
+        with pytest.raises(UserError, match=f"^{option} says what an argument of recorded calls is: give a file"):
             mpq_compiler.compile("fashion-unet", tmp_path / "x.mpq", **{option: "sample"}, **QUICK)
 
 
