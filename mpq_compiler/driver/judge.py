@@ -193,7 +193,8 @@ class Judge:
             given, found = Path(scratch, "inputs"), Path(scratch, "output")
             with given.open("wb") as stream:
                 tensorfile.save(stream, self.given)
-            command = [sys.executable, "-P", "-m", "mpq_compiler", "run", folder, "--input", given, "--output", found]
+            command = [sys.executable, "-P", "-m", "mpq_compiler", "run", folder.resolve()]
+            command += ["--input", given, "--output", found]
             environment = child_environment()
             done = subprocess.run([*map(str, command)], capture_output=True, text=True, cwd=scratch, env=environment)
             if done.returncode < 0:

@@ -48,11 +48,16 @@ def times(folder: Path) -> list[int]:
     return [path.stat().st_mtime_ns for path in kernels(folder)]
 
 
-def test_all_come_from_the_cache(reference: tuple[Path, dict[str, bytes]]) -> None:
+@pytest.mark.parametrize("relative", [False, True])
+def test_all_come_from_the_cache(
+    reference: tuple[Path, dict[str, bytes]], relative: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder, expected = reference
     before = times(folder)
-    files, _ = compiled(folder)
+    monkeypatch.chdir(folder)
+    files, report = compiled(Path() if relative else folder)
     assert files == expected and times(folder) == before
+    assert not [note for note in report.notes if "cache" in note]
 
 
 def flipped(content: bytes) -> bytes:
