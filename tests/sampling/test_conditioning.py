@@ -81,8 +81,8 @@ def test_guidance_goes_into_a_second_call_or_into_an_input(prompts: Conditioning
         (CLASSES, 11, None, "classes 0 to 10, and 11 is none of them"),
         (CLASSES, 3, "boot", "not both"),
         (TEXT, 3, None, "cannot be made without its encoders"),
-        (TEXT, None, "boot", "--conditions"),
-        (TEXT, None, None, "--conditions"),
+        (TEXT, None, "boot", "conditions"),
+        (TEXT, None, None, "conditions"),
     ],
 )
 def test_what_a_model_cannot_be_asked_for(
