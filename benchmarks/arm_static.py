@@ -127,7 +127,7 @@ def program(kernel: Kernel, target: Target, folder: Path) -> Path:
     weights.write_bytes(bytes(64))
     about = standalone.Weights(standalone.describe(weights), {})
     standalone.write(folder, lowered, target, [folder / "kernel.o"], about, workspace)
-    sources = [str(folder / name) for name in ("mpq.c", "mpq_run.c", standalone.MODEL)]
+    sources = [str(folder / name) for name in ("mpq.c", "mpq_run.c", standalone.MODEL, *standalone.CRYPTOGRAPHY)]
     path = folder / "program"
     options = ("-std=c11", "-O2", "-static", "-no-pie", *sources, str(folder / "kernel.o"), "-lpthread", "-lm")
     subprocess.run([linker(target), *options, "-o", str(path)], check=True)
