@@ -9,18 +9,18 @@ from pathlib import Path
 
 from mpq_compiler.support import plugins
 
-PASSES = "mpq_compiler.passes"
+ENTRY_POINTS = "mpq_compiler.passes"
 """The group of entry points."""
 
 
 def built_in() -> list[tuple[str, str, str]]:
     """The name, contract and summary of every built-in pass, in the order of the default recipe."""
-    return [(entry.name, *_outline(entry)) for entry in plugins.built_in(PASSES)]
+    return [(entry.name, *_outline(entry)) for entry in plugins.built_in(ENTRY_POINTS)]
 
 
 def others() -> bool:
     """Whether installed packages bring passes, too."""
-    return bool(plugins.of(PASSES))
+    return bool(plugins.of(ENTRY_POINTS))
 
 
 def _outline(entry: EntryPoint) -> tuple[str, str]:

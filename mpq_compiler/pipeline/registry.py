@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint
 
+from mpq_compiler.pipeline.outline import ENTRY_POINTS
 from mpq_compiler.pipeline.passes import Contract, Pass
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError, nearest
 
-ENTRY_POINTS = "mpq_compiler.passes"
 BUILT_IN = tuple(entry.name for entry in plugins.built_in(ENTRY_POINTS))
 """The names of the built-in passes, in the order in which the default recipe runs them."""
 
