@@ -82,7 +82,7 @@ class Calibrate(Pass):
         given = session.denoiser, session.calibration, self.samples, self.steps, session.seed
         sampled, decided = trajectories.deciding(*given)
         place = files.place(program, decided, wanted, attention, f"{session.seed} {session.device} {sampled}")
-        return files.known(place, lambda: self._measured(program, session, wanted), session.saved, program.note)
+        return files.known(place, lambda: self._measured(program, session, wanted), session.reuse, program.note)
 
     def _measured(self, program: Program, session: Session, wanted: frozenset[Statistic]) -> Calibration:
         if session.calibration is None:

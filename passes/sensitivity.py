@@ -156,6 +156,7 @@ class Sensitivity(Pass):
         count = len(tasks) * len(parts)
         missing = sum(_key(task.name, part) not in results for task in tasks for part in range(len(parts)))
         if missing < count:
+            session.reuse(f"{count - missing} of {count} losses")
             _logger.info("sensitivity: the cache has %d of %d losses", count - missing, count)
         if missing:
             with session.track("measuring losses", missing) as advance:

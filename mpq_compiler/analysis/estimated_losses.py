@@ -176,8 +176,9 @@ class LossEstimator:
         keys = [f"{count} probes, {self.sampled} weights, input {i}" for i, count in enumerate(counts)]
         names = {task.name for task in tasks}
         left = [i for i, key in enumerate(keys) if key not in results or not names <= results[key]["errors"].keys()]
-        session.saved.extend(results[key].get("seconds", 0.0) for i, key in enumerate(keys) if i not in left)
         if len(left) < len(keys):
+            known = [results[key].get("seconds", 0.0) for i, key in enumerate(keys) if i not in left]
+            session.reuse(f"losses on {len(known)} of {len(keys)} inputs", sum(known))
             _logger.info("sensitivity: the cache has the losses of %d of %d inputs", len(keys) - len(left), len(keys))
         if left:
             with session.track("measuring losses", len(names) + len(left)) as advance:

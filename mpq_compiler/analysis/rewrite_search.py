@@ -116,7 +116,7 @@ class RewriteSearch(Pass):
         run = f"{rows} {FEW_INPUTS} {FEW_TOGETHER} {session.seed} {session.device} {sampled}"
         place = files.place(program, decided, windows, run)
         make = functools.partial(self._sampled, program, session, windows, rows, large)
-        return files.known(place, make, session.saved, program.note)
+        return files.known(place, make, session.reuse, program.note)
 
     def _sampled(
         self, program: Program, session: Session, windows: Windows, rows: int, large: bool

@@ -17,6 +17,7 @@ from mpq_compiler.driver.held_out import held_out
 from mpq_compiler.driver.instruments import observe
 from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.resolve import resolve, with_role
+from mpq_compiler.driver.stage_files import StageFiles, before_budget
 from mpq_compiler.frontend import calibration_file, call_file
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend.denoiser import Denoiser
@@ -40,6 +41,7 @@ from mpq_compiler.quantization.statistics import spread
 from mpq_compiler.support.cluster import Cluster
 from mpq_compiler.support.errors import BudgetError, UserError
 from mpq_compiler.support.host import cpu
+from mpq_compiler.support.usage import cpu_seconds
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import F32
 
@@ -116,8 +118,8 @@ class Lowering:
     """The fits of the run."""
     files: tuple[KeptFiles[Any], ...] = ()
     """What is kept of the run for another that goes on where it was killed."""
-    saved_seconds: float = 0.0
-    """CPU seconds of work that an earlier run had done."""
+    reused: Mapping[str, float] = field(default_factory=dict)
+    """What an earlier run had left in the cache, and the CPU seconds of it that are known."""
 
     def forget(self) -> None:
         """Deletes what was kept for a run that goes on, since this one has ended."""
@@ -215,13 +217,34 @@ def lower(
         program, records = manager.run_pipeline(front, start, session, instruments, count=len(passes))
         if plan is not None:
             session = replace(session, jobs=plan(program))
-        present = {fact for step in front for fact in step.provides}
-        program, further = manager.run_pipeline(rest, program, session, instruments, present, len(front))
+
+        def run(steps: Sequence[Pass], program: Program) -> tuple[Program, list[Record]]:
+            present = {fact for step in passes[: len(records)] for fact in step.provides}
+            return manager.run_pipeline(steps, program, session, instruments, present, len(records), len(passes))
+
+        free = before_budget(rest) if dumps is None else []  # dumps have every stage
+        if free:
+            stage = StageFiles(program, free, session)
+            if (left := stage.load()) is not None:
+                program, seconds = left
+                session.reuse(", ".join(step.name() for step in free), seconds)
+                records += [Record(step.name(), 0.0, 0.0, 0) for step in free]
+                if session.sensitivity is None:
+                    _check_budget(program, passes, latency)
+            else:
+                begin = cpu_seconds()
+                program, further = run(free, program)
+                if stage.save(program, cpu_seconds() - begin):
+                    _, calibrations, rows = files
+                    calibrations.forget()  # a run that goes on begins behind them
+                    rows.forget()
+                records += further
+        program, further = run(rest[len(free) :], program)
     records += further
     kept = simulated[-1] if simulated else None
     last = planned[-1] if planned else None
-    saved = sum(session.saved)
-    return Lowering(program, last, laid_out, kept, records, passes, latency, dumps, session.fits, files, saved)
+    reused = session.reused
+    return Lowering(program, last, laid_out, kept, records, passes, latency, dumps, session.fits, files, reused)
 
 
 def halves(passes: Sequence[Pass]) -> tuple[list[Pass], list[Pass]]:

@@ -149,10 +149,13 @@ def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options)
     asked = (options.steps, options.guidance, options.scheduler or options.prediction_type)
     differences = [] if options.calibration is None else calibration_file.notes(denoiser, options.calibration, *asked)
     notes = [*denoiser.notes, *differences, *lowering.program.facts.get(NOTES, ()), *built.facts.get("notes", ())]
-    if lowering.saved_seconds > 1:
-        notes.append(
-            f"{lowering.saved_seconds:.0f} s of CPU time were saved: an earlier run had left results in the cache"
-        )
+    reused = dict(lowering.reused)
+    if kernels := built.facts.get("from_cache"):
+        reused[f"{kernels} of {built.facts['kernels']} kernels"] = 0.0
+    if reused:
+        saved = sum(reused.values())
+        least = f", which took {saved:.0f} s of CPU time there" if saved > 1 else ""
+        notes.append(f"an earlier run had left in the cache: {', '.join(reused)}{least}")
     rows = len(lowering.planned.facts[CALIBRATION].timesteps)
     more = denoiser.more_inputs
     if more is None:

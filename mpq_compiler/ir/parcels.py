@@ -13,10 +13,11 @@ import pickle
 import platform
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -31,27 +32,34 @@ from mpq_compiler.support.host import vendor
 
 LARGE = 1 << 16
 """The bytes from which on a tensor lies beside the stream."""
+NO_TENSORS: Mapping[str, Tensor] = MappingProxyType({})
 ALIGNED = 64
 """The alignment of torch's own memory: on other addresses kernels may take other paths, and give other bits."""
 
 
-def pack(value: object) -> tuple[bytes, list[Tensor]]:
-    """Packs a value: the stream, and the large tensors that lie beside it, as `memory` gives their bytes."""
+def pack(value: object, known: Mapping[str, Tensor] = NO_TENSORS) -> tuple[bytes, list[Tensor]]:
+    """Packs a value: the stream, and the large tensors that lie beside it, as `memory` gives their bytes.
+
+    Tensors that are ``known`` to whoever unpacks it go by their names.
+    """
     stream = io.BytesIO()
-    packer = _Packer(stream)
+    packer = _Packer(stream, known)
     packer.dump(value)
     return stream.getvalue(), packer.large
 
 
-def unpack(stream: bytes, large: Sequence[np.ndarray], copy: bool = False) -> object:
+def unpack(
+    stream: bytes, large: Sequence[np.ndarray], copy: bool = False, known: Mapping[str, Tensor] = NO_TENSORS
+) -> object:
     """Unpacks what `pack` gave.
 
     Args:
         stream: of `pack`.
         large: the bytes of the large tensors, u8 [N], in their order.
         copy: makes large tensors of their own memory; else they read ``large`` in place and must not be changed.
+        known: the tensors that were known to `pack`.
     """
-    return _Unpacker(io.BytesIO(stream), large, copy).load()
+    return _Unpacker(io.BytesIO(stream), large, copy, known).load()
 
 
 def memory(tensor: Tensor) -> np.ndarray:
@@ -168,14 +176,17 @@ def _small(data: bytes, dtype: torch.dtype, shape: tuple[int, ...], stride: tupl
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, stream: io.BytesIO) -> None:
+    def __init__(self, stream: io.BytesIO, known: Mapping[str, Tensor]) -> None:
         super().__init__(stream, protocol=5)
         self.large: list[Tensor] = []
+        self._known = {id(tensor): name for name, tensor in known.items()}
         self._places: dict[int, tuple[int, Tensor]] = {}
         """The place of a large tensor beside the stream, and the tensor itself, which keeps its id its own."""
         self._tables: dict[fx.Graph, _Nodes] = {}
 
     def persistent_id(self, obj: object) -> object:
+        if (name := self._known.get(id(obj))) is not None:
+            return name
         if type(obj) is not Tensor or obj.layout != torch.strided or obj.numel() * obj.element_size() < LARGE:
             return None
         if id(obj) not in self._places:
@@ -211,12 +222,16 @@ class _Packer(pickle.Pickler):
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, stream: io.BytesIO, large: Sequence[np.ndarray], copy: bool) -> None:
+    def __init__(
+        self, stream: io.BytesIO, large: Sequence[np.ndarray], copy: bool, known: Mapping[str, Tensor]
+    ) -> None:
         super().__init__(stream)
-        self._large, self._copy = large, copy
+        self._large, self._copy, self._known = large, copy, known
         self._made: dict[int, Tensor] = {}
 
-    def persistent_load(self, pid: tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]) -> Tensor:
+    def persistent_load(self, pid: str | tuple[int, torch.dtype, tuple[int, ...], tuple[int, ...]]) -> Tensor:
+        if isinstance(pid, str):
+            return self._known[pid]
         place, dtype, shape, stride = pid
         if place not in self._made:
             array = self._large[place]

@@ -521,7 +521,7 @@ class FitCache:
                     places[one] = place
                     if self.files is not None and (left := self.files.load(place)) is not None:
                         found[one], seconds = left
-                        context.saved.append(seconds)
+                        context.reuse("fits of weights", seconds)
                         self.keep(program, one.call, one.weight, one.format, one.rounding, left[0])
                 if found[one] is None:
                     missing.setdefault((one.call.name, one.weight), []).append(one)

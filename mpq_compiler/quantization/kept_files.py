@@ -63,17 +63,23 @@ class KeptFiles(ABC, Generic[_Kept]):
     def save(self, place: Path, result: _Kept, seconds: float) -> bool:
         """Writes a result; returns whether there was room for it. UserError: the cache cannot be written."""
 
-    def known(self, place: Path, make: Callable[[], _Kept], saved: list[float], note: Callable[[str], None]) -> _Kept:
+    def known(
+        self,
+        place: Path,
+        make: Callable[[], _Kept],
+        reuse: Callable[[str, float], None],
+        note: Callable[[str], None],
+    ) -> _Kept:
         """The result that a run which was killed has left, or else a new one, kept where it took long.
 
         Args:
             place: of the result.
             make: makes a new one.
-            saved: gets the CPU seconds that need not be spent again.
+            reuse: gets what was left, and the CPU seconds that need not be spent again.
             note: gets a sentence where there is no room.
         """
         if (left := self.load(place)) is not None:
-            saved.append(left[1])
+            reuse(self.what, left[1])
             _logger.info("%s is that of an earlier run, which took %.0f s of CPU time", self.what, left[1])
             return left[0]
         begin = cpu_seconds()

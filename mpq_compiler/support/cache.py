@@ -22,7 +22,7 @@ import numpy as np
 from mpq_compiler.support.errors import Notice, UserError
 from mpq_compiler.support.files import sweep, write_whole
 
-KINDS = ("calibration", "fits", "kernels", "latency", "rows", "sensitivity", "tiles", "training")
+KINDS = ("calibration", "fits", "kernels", "latency", "rows", "sensitivity", "stages", "tiles", "training")
 """The kinds of results; each has a folder of its own in the cache."""
 _swept: set[Path] = set()
 """The folders that this process has swept."""

@@ -72,12 +72,16 @@ class RunContext:
     Used as ``with progress("calibrating", total) as advance: advance(1)``. ``advance(1, "12.3 dB")`` shows the text
     beside the bar. A pass has a total of 1.
     """
-    saved: list[float] = field(default_factory=list)
-    """CPU seconds of work that was not done again, because an earlier run had left its results in the cache."""
+    reused: dict[str, float] = field(default_factory=dict)
+    """What an earlier run had left in the cache, and the CPU seconds that it took there, where they are known."""
     device: str = "cpu"
     """Where torch runs the model: "cpu", or a GPU such as "cuda:0"."""
     cluster: Cluster | None = None
     """Where `tasks` run; None: on the threads of this process."""
+
+    def reuse(self, what: str, seconds: float = 0.0) -> None:
+        """Notes what the cache had, and the CPU seconds that it took where they are known."""
+        self.reused[what] = self.reused.get(what, 0.0) + seconds
 
     def track(self, title: str, total: int) -> AbstractContextManager[Callable[..., None]]:
         """Opens the progress bar of a piece of work; without `progress` the updates go nowhere."""
