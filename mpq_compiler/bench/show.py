@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mpq_compiler.bench.baselines import JUDGED
 from mpq_compiler.bench.subject import OURS, REUSING
 from mpq_compiler.support import terminal
 from mpq_compiler.support.legend import legend
@@ -39,6 +40,9 @@ def show(found: Mapping[str, Any], kernels: bool, sort: str | None = None, top: 
             f"'{OURS}' computes everything in every call; '{REUSING}' knows what depends on timesteps and texts alone, "
             "as a sampler does from its second image on (of texts: from the second step on)"
         )
+    if any(row["sqnr_db"] is not None for row in found["rows"]):
+        samples, steps = JUDGED
+        terminal.say(f"SQNR: of the float model's calls along {samples} trajectories of {steps} steps, seen by none before")
     for name, reason in found["skipped"].items():
         terminal.say(f"skipped {name}: {reason}")
     peak = found["peak"]

@@ -20,6 +20,19 @@ from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError
 
 
+METRICS = {
+    "sqnr_db": ("SQNR of {calls} calls of the float model", " dB"),
+    "trajectory_sqnr_db": ("SQNR of what is drawn, as latents", " dB"),
+    "image_sqnr_db": ("SQNR of images", " dB"),
+    "psnr_db": ("PSNR of images", " dB"),
+    "ssim": ("SSIM of images (1: equal)", ""),
+    "frechet_to_float": ("Fréchet distance to the float model's", ""),
+    "frechet_to_data": ("Fréchet distance to data", ""),
+    "class_accuracy": ("share whose class is recognized", ""),
+}
+"""The metrics (docs/metrics.md): the title of each in a table, and its unit."""
+
+
 def add(commands: Commands) -> None:
     """Add the command and its options to the command line."""
     text = "all metrics of an artifact, or of a model compiled first, against the float model"
@@ -51,18 +64,28 @@ def run(args: argparse.Namespace) -> Any:
             raise UserError(f"--prompts is of a pipeline, and {args.artifact} is none: leave it out")
         drawn = (200 if args.images is None else args.images, args.eval_steps, args.eval_seed)
         result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given, args.key)
-    rows = []
-    for name, value in result.items():
-        if isinstance(value, dict) and "value" in value:
-            span = f"{value['low']:.4g} .. {value['high']:.4g}" if "low" in value else ""
-            rows.append((name, f"{value['value']:.4g}", span))
-        elif isinstance(value, int | float):
-            rows.append((name, f"{value:.4g}", ""))
-        elif value is None:
-            reasons = result.get("reasons")
-            rows.append((name, "n/a", reasons.get(name, "") if isinstance(reasons, dict) else ""))
-    terminal.table(f"{args.artifact}", ("metric", "value", "95 % interval"), rows, numeric=(1,))
+    _show(args.artifact, result)
     return result
+
+
+def _show(path: str, result: Mapping[str, Any]) -> None:
+    rows: list[tuple[str, str, str, str]] = []
+    for name, (title, unit) in METRICS.items():
+        if name not in result:
+            continue
+        said = title.format_map(result)
+        match result[name]:
+            case None:
+                rows.append((said, "n/a", result.get("reasons", {}).get(name, ""), ""))
+            case {"value": value, **more}:
+                span = f"{more['low']:.4g} .. {more['high']:.4g}" if "low" in more else ""
+                rows.append((said, f"{value:.4g}{unit}", span, f"{more['float']:.4g}" if "float" in more else ""))
+            case value:
+                rows.append((said, f"{value:.4g}{unit}", "", ""))
+    guidance = "" if result["guidance"] is None else f", guidance {result['guidance']:g}"
+    settings = f"{result['images']} images, {result['steps']} steps, seed {result['seed']}{guidance}"
+    headers = ("metric", "value", "95 % interval", "float model")
+    terminal.table(f"{path}: {settings}", headers, rows, numeric=(1, 3))
 
 
 def _of_pipeline(args: argparse.Namespace, options: Mapping[str, object]) -> dict[str, object]:

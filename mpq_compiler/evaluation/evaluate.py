@@ -59,6 +59,7 @@ def evaluate(
     extractor, reason = features_for(features, pictures.shape[1:])
     return {
         "sqnr_db": metrics.sqnr_db(np.concatenate(expected), np.concatenate(got)),
+        "calls": sum(map(len, expected)),
         "trajectory_sqnr_db": metrics.trajectory_sqnr_db(drawn_reference, drawn),
         **metrics.compare_images(pictures_reference, pictures, extractor, reason, conditions.labels),
         "steps": steps,

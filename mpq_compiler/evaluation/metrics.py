@@ -204,7 +204,8 @@ def compare_images(
 ) -> dict[str, Any]:
     """Computes every image metric with its 95 % interval, as JSON: {metric: {"value", "low", "high"} or null, ...}.
 
-    A metric that does not apply is null, and "reasons" says why. Fréchet distances come without an interval, because
+    A metric that does not apply is null, and "reasons" says why. What the reference images have by themselves is
+    "float". Fréchet distances come without an interval, because
     resampling would be biased (repeated images shrink the covariance).
 
     Args:
@@ -235,25 +236,23 @@ def compare_images(
             dict.fromkeys(("frechet_to_float", "frechet_to_data"), reason or "no feature extractor")
         )
     else:
-        own, scores = features(images)
+        (theirs, expected), (own, scores) = features(reference), features(images)
         if len(images) > 1:
-            result["frechet_to_float"] = {
-                "value": frechet(*gaussian(features(reference)[0]), *gaussian(own))
-            }
-            result["frechet_to_data"] = {
-                "value": frechet(*gaussian(own), features.mean, features.covariance)
-            }
+            result["frechet_to_float"] = {"value": frechet(*gaussian(theirs), *gaussian(own))}
+            to_data = [frechet(*gaussian(found), features.mean, features.covariance) for found in (own, theirs)]
+            result["frechet_to_data"] = dict(zip(("value", "float"), to_data, strict=True))
         else:
             reasons.update(
                 dict.fromkeys(("frechet_to_float", "frechet_to_data"), "it needs 2 images or more")
             )
         if labels is not None:
-            hits = (scores.argmax(axis=1) == np.asarray(labels)).astype(np.float64)
+            hits, of_float = ((s.argmax(axis=1) == np.asarray(labels)).astype(np.float64) for s in (scores, expected))
             low, high = share_interval(hits)
             result["class_accuracy"] = {
                 "value": float(hits.mean()),
                 "low": max(low, 0.0),
                 "high": min(high, 1.0),
+                "float": float(of_float.mean()),
             }
     if reasons:
         result["reasons"] = reasons

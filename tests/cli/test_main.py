@@ -98,6 +98,7 @@ def test_eval_has_every_metric(folder: Path, model: Path, artifact: Path) -> Non
     result = command(folder, "eval", artifact, "--against", model, "--images", "6", "--eval-steps", "2")
     assert result["sqnr_db"] > 10
     assert result["psnr_db"]["low"] <= result["psnr_db"]["value"] <= result["psnr_db"]["high"]
+    assert result["calls"] == 12
     assert result["frechet_to_data"] is None
     assert "extractor" in result["reasons"]["frechet_to_data"]
 

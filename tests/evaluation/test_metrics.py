@@ -192,6 +192,8 @@ def test_all_image_metrics_together(images, features):
     for name in ("image_sqnr_db", "psnr_db", "ssim", "class_accuracy"):
         assert result[name]["low"] <= result[name]["value"] <= result[name]["high"]
     assert result["psnr_db"]["value"] == pytest.approx(metrics.psnr_db(images, noisy(images, 0.05)))
+    assert result["class_accuracy"]["float"] == metrics.class_accuracy(images, np.arange(40) % 10, features)
+    assert result["frechet_to_data"]["float"] == pytest.approx(metrics.frechet_to_data(images, features))
     same = metrics.compare_images(images[:1], images[:1], None, "no extractor ships for this model")
     assert same["frechet_to_float"] is None and same["reasons"]["frechet_to_data"].startswith("no extractor")
     assert same["psnr_db"]["value"] == metrics.PSNR_LIMIT_DB
