@@ -10,10 +10,12 @@ import tarfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
+from configparser import ConfigParser
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.harness import tree
 from tests.harness.tree import ROOT
@@ -227,3 +229,14 @@ def test_constraints_pin_every_dependency():
     named = re.findall(r"^    ([A-Za-z][\w.-]*)[<>=]", (ROOT / "setup.cfg").read_text(), re.MULTILINE)
     assert len(named) > 10
     assert {name.lower().replace("_", "-") for name in named} <= pinned
+
+
+def test_what_stands_beside_the_package_names_it_as_it_is() -> None:
+    about = ConfigParser()
+    about.read(ROOT / "setup.cfg")
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()  # what the format demands
+    assert (cited["title"], cited["version"]) == (about["metadata"]["name"], about["metadata"]["version"])
+    assert cited["license"] == about["metadata"]["license"]
+    (extra,) = re.findall(r"/source\[(\w+)\]", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    assert extra in about["options.extras_require"]
