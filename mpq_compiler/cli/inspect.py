@@ -17,6 +17,7 @@ from mpq_compiler.support.legend import legend
 
 if TYPE_CHECKING:
     from mpq_compiler.artifact.pipeline import Pipeline
+    from mpq_compiler.inspection.explorer import Json
 
 COLUMNS = {"layer": "name", **{name: name for name in ("weight", "activation", "bytes", "loss")}}
 """The columns of layers that sort them, with their keys in JSON."""
@@ -26,6 +27,7 @@ def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
     parser = commands.add("inspect", run, "look at the dumps of a compilation, or into an artifact")
     parser.add_argument("path", metavar="DUMPS|ARTIFACT")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="with --html: a second one, side by side")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the program after that pass")
     what.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
@@ -34,24 +36,28 @@ def add(commands: options.Commands) -> None:
         "--why", metavar="LAYER", help="what decided on a layer's formats, in numbers; of a pipeline PART or PART/LAYER"
     )
     what.add_argument("--scores", action="store_true", help="by operation, unit and block (recipe qua2sedimo)")
-    what.add_argument("--html", metavar="FILE", help="everything as one page, charts included")
+    what.add_argument("--html", metavar="FILE", help="everything as one page to explore in a browser")
     parser.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
     options.add_order(parser, "--layers", COLUMNS)
+    parser.add_argument("--bench", metavar="FILE", help="of `mpqc bench --kernels --json`: milliseconds and roofline")
     parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
 
 
 def run(args: argparse.Namespace) -> Any:
     """Print or write what is asked for, and return it."""
     path = Path(args.path)
+    if not args.html and (args.other or args.bench):
+        raise UserError("a second DUMPS|ARTIFACT and --bench are of the page: add --html FILE, or leave them out")
     if not args.html:
         with _unverified(path):
             asked = (args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores, args.sort, args.top)
             return inspect(path, *asked)
+    from mpq_compiler.inspection import explorer
+
     page = Path(args.html)
     output.require_new(page, args.overwrite)
-    with _unverified(path):
-        text = write_page(path)
-    output.write_text(text, page)
+    paths = [path, *([Path(args.other)] if args.other else [])]
+    output.write_text(explorer.page([_gathered(each, args.bench) for each in paths]), page)
     terminal.say(f"wrote {page}")
     return {"output": str(page)}
 
@@ -158,11 +164,29 @@ def _worth(found: Pipeline, name: str) -> dict[str, object]:
     return {"part": name, **share, "shares": shared}
 
 
-def write_page(path: Path) -> str:
-    """The HTML page of dumps or an artifact (`html_report.page`)."""
-    from mpq_compiler.inspection import explain, html_report
+def _gathered(path: Path, bench: str | None) -> Json:
+    """What an explorer shows of dumps or an artifact (`explorer.gather`)."""
+    from mpq_compiler.artifact.pipeline import is_pipeline
+    from mpq_compiler.inspection import explorer
 
-    return html_report.page(explain.load(path), str(path), _read_dumps(path))
+    if is_pipeline(path):
+        raise UserError(f"'{path}' is a pipeline: name one of its parts, such as {path}/unet")
+    with _unverified(path):
+        return explorer.gather(path, _read_dumps(path), _timed(Path(bench)) if bench else None)
+
+
+def _timed(file: Path) -> Json:
+    """The result of `mpqc bench --json`. UserError: the file holds none."""
+    from mpq_compiler import schemas
+    from mpq_compiler.support.files import decode_json
+
+    try:
+        found: Json = decode_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--bench {file} cannot be read; `mpqc bench --kernels --json {file}` writes it") from error
+    if wrong := schemas.check(found, "bench"):
+        raise UserError(f"--bench {file} is no result of mpqc bench ({wrong}); write it with --kernels --json")
+    return found
 
 
 def _is_artifact(path: Path) -> bool:
