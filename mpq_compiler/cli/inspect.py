@@ -13,6 +13,7 @@ from mpq_compiler.cli import options, output, shares
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.support.execution import require_counts
+from mpq_compiler.support.files import check_place
 from mpq_compiler.support.legend import legend
 
 if TYPE_CHECKING:
@@ -37,27 +38,39 @@ def add(commands: options.Commands) -> None:
     )
     what.add_argument("--scores", action="store_true", help="by operation, unit and block (recipe qua2sedimo)")
     what.add_argument("--html", metavar="FILE", help="everything as one page to explore in a browser")
+    what.add_argument("--model-explorer", metavar="DIR", help="a graph of each stage, and overlays, for Model Explorer")
     parser.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
     options.add_order(parser, "--layers", COLUMNS)
     parser.add_argument("--bench", metavar="FILE", help="of `mpqc bench --kernels --json`: milliseconds and roofline")
+    parser.add_argument("--compare", metavar="MODEL", help="with --html: draw with the artifact and its float model")
     parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
 
 
 def run(args: argparse.Namespace) -> Any:
     """Print or write what is asked for, and return it."""
     path = Path(args.path)
-    if not args.html and (args.other or args.bench):
-        raise UserError("a second DUMPS|ARTIFACT and --bench are of the page: add --html FILE, or leave them out")
-    if not args.html:
+    if not args.html and (args.other or args.compare):
+        raise UserError("a second DUMPS|ARTIFACT and --compare are of the page: add --html FILE, or leave them out")
+    if args.bench and not (args.html or args.model_explorer):
+        raise UserError("--bench adds to --html and --model-explorer: ask for one of them, or leave it out")
+    if not args.html and not args.model_explorer:
         with _unverified(path):
             asked = (args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores, args.sort, args.top)
             return inspect(path, *asked)
     from mpq_compiler.inspection import explorer
 
+    if args.model_explorer:
+        return _model_explorer(path, Path(args.model_explorer), args.bench, args.overwrite)
     page = Path(args.html)
     output.require_new(page, args.overwrite)
     paths = [path, *([Path(args.other)] if args.other else [])]
-    output.write_text(explorer.page([_gathered(each, args.bench) for each in paths]), page)
+    gathered = [_gathered(each, None if index else args.bench) for index, each in enumerate(paths)]
+    for each, found in zip(paths, gathered, strict=True):
+        if args.compare and _is_artifact(each):
+            from mpq_compiler.evaluation import side_by_side
+
+            found["samples"] = side_by_side.pictures(each, args.compare)
+    output.write_text(explorer.page(gathered), page)
     terminal.say(f"wrote {page}")
     return {"output": str(page)}
 
@@ -173,6 +186,26 @@ def _gathered(path: Path, bench: str | None) -> Json:
         raise UserError(f"'{path}' is a pipeline: name one of its parts, such as {path}/unet")
     with _unverified(path):
         return explorer.gather(path, _read_dumps(path), _timed(Path(bench)) if bench else None)
+
+
+def _model_explorer(path: Path, folder: Path, bench: str | None, overwrite: bool) -> dict[str, str]:
+    """Writes the files of Model Explorer. UserError: the folder holds something, and nothing may be replaced."""
+    from mpq_compiler.inspection import model_explorer
+
+    if folder.is_dir():
+        output.require_new(folder / "000.json", overwrite)
+        if any(folder.iterdir()) and not overwrite:
+            raise UserError(f"'{folder}' is not empty; name another folder or add --overwrite")
+    else:
+        check_place(folder)
+        if folder.exists():
+            raise UserError(f"'{folder}' is a file; name a folder")
+    found = model_explorer.files(_gathered(path, bench))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in found.items():
+        output.write_json(document, folder / name)
+    terminal.say(f"wrote {len(found)} files to {folder}: model-explorer {folder / next(iter(found))}")
+    return {"output": str(folder)}
 
 
 def _timed(file: Path) -> Json:

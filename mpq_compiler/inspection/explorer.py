@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.inspection import explain, score_report, stage_graph
+from mpq_compiler.inspection.weight_histograms import histograms
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError
 
@@ -51,6 +52,7 @@ def gather(path: Path, dumps: Sequence[Dump] = (), bench: Json | None = None) ->
     moved, reason = explain.moved_budgets(document)
     explained = [explain.why(document, name, dumps, (moved, reason)) for name in document["layers"]]
     kernels = [] if bench is None else bench["kernels"] or []
+    drawn = {} if dumps else _histograms(path, document)
     whole = document["program"].values()
     boundaries: Sequence[float] = next((said["boundaries"] for said in whole if "boundaries" in said), [])
     return {
@@ -58,7 +60,7 @@ def gather(path: Path, dumps: Sequence[Dump] = (), bench: Json | None = None) ->
         "model": document["model"],
         "told": _told(document, boundaries),
         "fallbacks": document["fallbacks"],
-        "layers": [_layer(layer, kernels) for layer in explained],
+        "layers": [{**_layer(layer, kernels), "histogram": drawn.get(layer["parameter"])} for layer in explained],
         "time": "measured: mpqc bench" if kernels else "predicted by the latency table",
         "prices": [_price(budget, document) for budget in moved],
         "boundaries": boundaries,
@@ -70,6 +72,8 @@ def gather(path: Path, dumps: Sequence[Dump] = (), bench: Json | None = None) ->
             "kernels": "no kernel was timed: mpqc bench ARTIFACT --kernels --json FILE, then inspect with --bench FILE",
             "passes": "an artifact has no noise of passes: mpqc compile --dumps DIR, then inspect DIR",
             "prices": reason or "the allocation had no budget",
+            "histogram": "dumps hold no weights: mpqc inspect ARTIFACT --html draws the histogram of each",
+            "samples": "nothing was drawn: mpqc inspect ARTIFACT --html FILE --compare MODEL draws with both",
             "formats": "no losses were measured: mpqc compile --weights BITS measures and allocates",
         },
     }
@@ -113,6 +117,17 @@ def _layer(layer: Json, kernels: Sequence[Json]) -> Json:
         "ranges": said.get("ranges"),
         "noises": layer["noise"],
     }
+
+
+def _histograms(path: Path, document: Decisions) -> Json:
+    """The histograms of an artifact's weights on integer codes; those of FP8 have no table of levels."""
+    segments = {
+        layer: said["segments"]
+        for layer, passes in document["layers"].items()
+        for said in passes.values()
+        if "segments" in said and "float8" not in said["operator"]
+    }
+    return histograms(bundle.read(path), segments)
 
 
 def _price(budget: explain.Moved, document: Decisions) -> Json:

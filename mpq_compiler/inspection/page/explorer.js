@@ -348,7 +348,8 @@ function explained(found) {
         cells: [row.format, number(row.bytes), number(row.loss), number(row.ms), row.saves === null ? "" : number(1e3 * row.saves)] }))));
     if (found.price) parts.push(make("p", { class: "quiet" }, `a kilobyte is worth a loss of ${number(1e3 * found.price)} elsewhere`));
   }
-  if (found.levels) parts.push(make("h3", {}, "the weight and its levels"), histogram(found));
+  if (found.histogram) parts.push(make("h3", {}, "the weight, and the levels of a row of it"), histogram(found.histogram));
+  else parts.push(make("p", { class: "quiet" }, versions[state.version].missing.histogram));
   if (found.ranges) parts.push(make("h3", {}, "range of its input over time"), ranges(found));
   const noises = found.noises.filter((row) => row.own_db !== null || row.sqnr_db !== null);
   if (noises.length) {
@@ -357,6 +358,16 @@ function explained(found) {
         [row.pass, decibels(row.own_db), decibels(row.planned_db), decibels(row.sqnr_db)])));
   }
   return parts;
+}
+
+function histogram({ counts, ends, levels }) {
+  const [low, high] = ends, wide = (high - low) / counts.length;
+  const c = chart({ low, high, title: "value" }, { low: 0, high: Math.max(...counts), title: "weights" }, 380, 190);
+  counts.forEach((count, i) => c.drawn.append(svg("rect", { class: "bar", x: c.across(low + i * wide), width: c.across(wide) - c.across(0),
+    y: c.up(count), height: c.bottom - c.up(count), fill: SERIES[0] }, svg("title", {}, `${number(low + i * wide)}: ${count}`))));
+  levels.forEach((level) => c.drawn.append(svg("line", { class: "level", x1: c.across(level), x2: c.across(level), y1: c.bottom - 9, y2: c.bottom,
+    stroke: SERIES[1], "stroke-width": 2 }, svg("title", {}, `level ${number(level)}`))));
+  return c.drawn;
 }
 
 function ranges(found) {
@@ -530,12 +541,12 @@ function showKernels(box) {
     c.text(x.high, top, name);
   });
   rows.forEach((k, i) => c.dot(at[i], speed[i], SERIES[kinds.indexOf(k.template) % SERIES.length],
-    `${k.layer ?? k.node}: ${number(k.ms)} ms, ${number(speed[i])} GMAC/s`));
+    `${(k.layer ?? k.node).replace(/\.weight$/, "")}: ${number(k.ms)} ms, ${number(speed[i])} GMAC/s`));
   const keys = kinds.map((kind, i) => make("span", {}, make("span", { style: `color:${SERIES[i % SERIES.length]}` }, "● "), kind));
   const slow = [...kernels].sort((a, b) => b.ms - a.ms).slice(0, 40);
   box.replaceChildren(make("h2", {}, `kernels under the roofs of ${peak.cpu}`), make("div", { class: "tools" }, ...keys), c.drawn,
     make("h3", {}, "those that take longest"), table(make("table"), [["layer or call"], ["kind"], ["ms", 1], ["share", 1], ["GMAC/s", 1]],
-      slow.map((k) => [k.layer ?? k.node, k.template, number(k.ms), (100 * k.share).toFixed(1) + " %", number(k.gmacs)])));
+      slow.map((k) => [(k.layer ?? k.node).replace(/\.weight$/, ""), k.template, number(k.ms), (100 * k.share).toFixed(1) + " %", number(k.gmacs)])));
 }
 
 function showSamples(box) {
@@ -622,7 +633,7 @@ function search() {
 async function start() {
   versions = await unpack("document");
   layers = versions.map((version) => new Map(version.layers.map((l) => [l.name, l])));
-  $("summary").textContent = versions.map((v) => v.told.join("; ")).join(" | ");
+  $("summary").append(...versions.map((v) => make("div", {}, (versions.length > 1 ? `${v.source}: ` : "") + v.told.join("; "))));
   document.querySelector("nav").append(...Object.entries(VIEWS).map(([name, [title]]) =>
     make("button", { id: "tab-" + name, role: "tab", onclick: () => view(name) }, title)));
   const last = versions[0].stages.length - 1, packed = versions[0].stages.findLastIndex((s) => s.stage === "packed");
