@@ -387,13 +387,14 @@ function ranges(found) {
 // --- the table of layers
 
 const COLUMNS = [["layer", "name"], ["weight", "format"], ["activation", "activation"], ["bits", "bits", 1], ["bytes", "bytes", 1],
-  ["share", "share", 1], ["loss", "loss", 1], ["ms", "ms", 1], ["noise, dB", "noise", 1]];
+  ["share, %", "share", 1], ["loss", "loss", 1], ["ms", "ms", 1], ["noise, dB", "noise", 1]];
 
 function showLayers() {
   const asked = $("filter").value.toLowerCase();
   const total = versions[0].layers.reduce((sum, l) => sum + (l.bytes ?? 0), 0);
-  const columns = COLUMNS.filter(([, of]) => of === "share" || versions.some((v) => v.layers.some((l) => l[of] !== null)));
-  const get = (l, of) => (of === "share" ? (100 * (l.bytes ?? 0)) / total : l[of]);
+  const columns = COLUMNS.filter(([, of]) => of === "share" || versions[0].layers.some((l) => l[of] !== null));
+  const get = (l, of) => (of === "share" ? (100 * (l.bytes ?? 0)) / total
+    : of === "activation" ? l[of].replace(/ in (\d+) time groups/, "/t$1").replace(" with a scale for each token", "/token") : l[of]);
   let rows = versions[0].layers.filter((l) => `${l.name} ${l.format} ${l.activation}`.toLowerCase().includes(asked));
   if (state.sort) {
     const sign = state.down ? -1 : 1;
