@@ -267,11 +267,18 @@ def test_thousands_of_calls_open_in_two_seconds(gathered, tmp_path):
 
 def test_damage_is_one_sentence(tmp_path, capsys):
     folder, page = tmp_path / "dumps", tmp_path / "page.html"
-    text = folder / "001-layout.txt"
+    text, decisions = folder / "001-layout.txt", folder / "decisions.json"
+
+    def altered(what: str, by: str) -> None:
+        changed, count = re.subn(what, by, decisions.read_text())
+        assert decisions.write_text(changed) and count
+
     for damage, sentence in (
         (lambda: text.write_text("// layout: rewritten stage"), "the dump of 'layout' in"),
         (lambda: text.write_bytes(b"\xff\xfe"), "cannot be read; write the dumps again"),
-        (lambda: (folder / "decisions.json").write_text("{"), "holds no readable decisions.json"),
+        (lambda: decisions.write_text("{"), "holds no readable decisions.json"),
+        (lambda: altered(r'"low":[^,]+', '"low":"x"'), "was altered since it was written"),
+        (lambda: altered(r'"ranges":\[\[[^,]+', '"ranges":[[NaN'), "was altered since it was written"),
         (lambda: shutil.rmtree(folder), "there is no folder"),
     ):
         shutil.copytree(clean("pixart", programs.MIXED)[0], folder, dirs_exist_ok=True)
