@@ -13,10 +13,12 @@ from mpq_compiler.cli import options, output, shares
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.support.execution import require_counts
+from mpq_compiler.support.files import check_place
 from mpq_compiler.support.legend import legend
 
 if TYPE_CHECKING:
     from mpq_compiler.artifact.pipeline import Pipeline
+    from mpq_compiler.inspection.explorer import Json
 
 COLUMNS = {"layer": "name", **{name: name for name in ("weight", "activation", "bytes", "loss")}}
 """The columns of layers that sort them, with their keys in JSON."""
@@ -26,6 +28,7 @@ def add(commands: options.Commands) -> None:
     """Add the command and its options to the command line."""
     parser = commands.add("inspect", run, "look at the dumps of a compilation, or into an artifact")
     parser.add_argument("path", metavar="DUMPS|ARTIFACT")
+    parser.add_argument("other", metavar="OTHER", nargs="?", help="with --html: a second one, side by side")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--pass", dest="pass_name", metavar="NAME", help="print the program after that pass")
     what.add_argument("--diff", nargs="+", metavar="PASS", help="what a pass changed, or the difference of two")
@@ -34,23 +37,41 @@ def add(commands: options.Commands) -> None:
         "--why", metavar="LAYER", help="what decided on a layer's formats, in numbers; of a pipeline PART or PART/LAYER"
     )
     what.add_argument("--scores", action="store_true", help="by operation, unit and block (recipe qua2sedimo)")
-    what.add_argument("--html", metavar="FILE", help="everything as one page, charts included")
+    what.add_argument("--html", metavar="FILE", help="everything as one page to explore in a browser")
+    what.add_argument("--model-explorer", metavar="DIR", help="a graph of each stage, and overlays, for Model Explorer")
     parser.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
     options.add_order(parser, "--layers", COLUMNS)
+    parser.add_argument("--bench", metavar="FILE", help="of `mpqc bench --kernels --json`: milliseconds and roofline")
+    parser.add_argument("--compare", metavar="MODEL", help="with --html: draw with the artifact and its float model")
     parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
 
 
 def run(args: argparse.Namespace) -> Any:
     """Print or write what is asked for, and return it."""
     path = Path(args.path)
-    if not args.html:
+    if not args.html and (args.other or args.compare):
+        raise UserError("a second DUMPS|ARTIFACT and --compare are of the page: add --html FILE, or leave them out")
+    if args.bench and not (args.html or args.model_explorer):
+        raise UserError("--bench adds to --html and --model-explorer: ask for one of them, or leave it out")
+    if not args.html and not args.model_explorer:
         with _unverified(path):
             asked = (args.pass_name, args.diff, args.layers, args.bisect, args.why, args.scores, args.sort, args.top)
             return inspect(path, *asked)
+    from mpq_compiler.inspection import explorer
+
+    if args.model_explorer:
+        return _model_explorer(path, Path(args.model_explorer), args.bench, args.overwrite)
     page = Path(args.html)
     output.require_new(page, args.overwrite)
-    with _unverified(path):
-        text = write_page(path)
+    paths = [path, *([Path(args.other)] if args.other else [])]
+    gathered = [_gathered(each, None if index else args.bench) for index, each in enumerate(paths)]
+    for each, found in zip(paths, gathered, strict=True):
+        if args.compare and _is_artifact(each):
+            from mpq_compiler.evaluation import side_by_side
+
+            found["samples"] = side_by_side.pictures(each, args.compare)
+    with _unverified(path), _unverified(paths[-1]):  # numbers that are none show when they are written
+        text = explorer.page(gathered)
     output.write_text(text, page)
     terminal.say(f"wrote {page}")
     return {"output": str(page)}
@@ -158,11 +179,49 @@ def _worth(found: Pipeline, name: str) -> dict[str, object]:
     return {"part": name, **share, "shares": shared}
 
 
-def write_page(path: Path) -> str:
-    """The HTML page of dumps or an artifact (`html_report.page`)."""
-    from mpq_compiler.inspection import explain, html_report
+def _gathered(path: Path, bench: str | None) -> Json:
+    """What an explorer shows of dumps or an artifact (`explorer.gather`)."""
+    from mpq_compiler.artifact.pipeline import is_pipeline
+    from mpq_compiler.inspection import explorer
 
-    return html_report.page(explain.load(path), str(path), _read_dumps(path))
+    if is_pipeline(path):
+        raise UserError(f"'{path}' is a pipeline: name one of its parts, such as {path}/unet")
+    with _unverified(path):
+        return explorer.gather(path, _read_dumps(path), _timed(Path(bench)) if bench else None)
+
+
+def _model_explorer(path: Path, folder: Path, bench: str | None, overwrite: bool) -> dict[str, str]:
+    """Writes the files of Model Explorer. UserError: the folder holds something, and nothing may be replaced."""
+    from mpq_compiler.inspection import model_explorer
+
+    if folder.is_dir():
+        output.require_new(folder / "000.json", overwrite)
+        if any(folder.iterdir()) and not overwrite:
+            raise UserError(f"'{folder}' is not empty; name another folder or add --overwrite")
+    else:
+        check_place(folder)
+        if folder.exists():
+            raise UserError(f"'{folder}' is a file; name a folder")
+    found = model_explorer.files(_gathered(path, bench))
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, document in found.items():
+        output.write_json(document, folder / name)
+    terminal.say(f"wrote {len(found)} files to {folder}: model-explorer {folder / next(iter(found))}")
+    return {"output": str(folder)}
+
+
+def _timed(file: Path) -> Json:
+    """The result of `mpqc bench --json`. UserError: the file holds none."""
+    from mpq_compiler import schemas
+    from mpq_compiler.support.files import decode_json
+
+    try:
+        found: Json = decode_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--bench {file} cannot be read; `mpqc bench --kernels --json {file}` writes it") from error
+    if wrong := schemas.check(found, "bench"):
+        raise UserError(f"--bench {file} is no result of mpqc bench ({wrong}); write it with --kernels --json")
+    return found
 
 
 def _is_artifact(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Small charts as SVG text: bars, lines, boxes, and points on two logarithmic axes.
+"""Small charts as SVG text: boxes, and points on two logarithmic axes.
 
 They need no scripts and no fonts. Text and axes take ``currentColor``, so a chart follows the colors of its page.
 """
@@ -50,42 +50,6 @@ def _share(value: float, ends: tuple[float, float], log: bool) -> float:
     if log:
         value, low, high = (math.log10(max(v, 1e-300)) for v in (value, low, high))
     return (value - low) / (high - low) if high > low else 0.5
-
-
-def bars(
-    values: Sequence[Point], title: str, unit: str, legend: Sequence[str] = (), width: int = 900, height: int = 220
-) -> str:
-    """A bar chart: one bar a value, in order; ``y`` is its height above or below zero, ``x`` is not used."""
-    least, largest = min([0.0, *(v.y for v in values)]), max([0.0, *(v.y for v in values)])
-    frame = Frame(width, height, (0, max(1, len(values))), (least, largest or 1.0))
-    thick = (frame.across(1) - frame.across(0)) * 0.8
-    marks = []
-    for index, value in enumerate(values):
-        ends = sorted((frame.up(0.0), frame.up(value.y)))
-        left = frame.across(index + 0.1)
-        marks.append(
-            f'<rect x="{left:.1f}" y="{ends[0]:.1f}" width="{thick:.1f}" height="{max(ends[1] - ends[0], 0.5):.1f}" '
-            f'fill="{_color(value.series)}">{_tip(value.label)}</rect>'
-        )
-    return _drawn(frame, title, [*_grid(frame, unit), *marks, *_legend(frame, legend)])
-
-
-def lines(
-    series: Sequence[Sequence[Point]], title: str, unit: str, names: Sequence[str], ticks: Sequence[str] = (),
-    width: int = 900, height: int = 220,
-) -> str:  # fmt: skip
-    """A line chart: a polyline with dots for each series; ``ticks`` label x = 0, 1, 2, ..."""
-    points = [p for s in series for p in s]
-    span = _padded([p.y for p in points])
-    frame = Frame(width, height, (-0.5, max(1.0, max((p.x for p in points), default=1.0)) + 0.5), span)
-    marks = []
-    for index, row in enumerate(series):
-        path = " ".join(f"{frame.across(p.x):.1f},{frame.up(p.y):.1f}" for p in row)
-        marks.append(f'<polyline points="{path}" fill="none" stroke="{_color(index)}" stroke-width="1.5"/>')
-        marks += [_dot(frame, p, index) for p in row]
-    for place, name in enumerate(ticks):
-        marks.append(_text(frame.across(place), frame.height - _BOTTOM + 14, name, "middle", 9))
-    return _drawn(frame, title, [*_grid(frame, unit), *marks, *_legend(frame, names)])
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mpq_compiler.cli import mpqc
 from mpq_compiler.pipeline import parser, recipes
 from mpq_compiler.sampling.text_encoder import TextEncoder
 from mpq_compiler.targets import table as targets
-from tests.harness import tiny
+from tests.harness import browser, tiny
 
 QUICK = ("--samples", "2", "--steps", "2")
 SCHEMAS = {"allocate": "allocation-solution"}
@@ -184,11 +184,35 @@ def test_inspect_looks_for_faults_and_reasons(
     assert "did you mean 'mid_block.attentions.0.to_" in capsys.readouterr().err
     page = folder / "page.html"
     assert command(folder, "inspect", dumps, "--html", page) == {"output": str(page)}
-    assert "mid_block.attentions.0.to_q" in page.read_text()
+    assert page.read_text().count('id="stage-0-') == len(verdict["passes"])
     assert mpqc.main(["inspect", str(dumps), "--html", str(page)]) == 1
     assert command(folder, "inspect", artifact, "--html", page, "--overwrite") == {"output": str(page)}
+    assert mpqc.main(["inspect", str(artifact), "--compare", "x"]) == 1 and "add --html" in capsys.readouterr().err
     assert mpqc.main(["inspect", str(artifact), "--bisect"]) == 1
     assert "--bisect needs the folder of a compilation's --dumps" in capsys.readouterr().err
+
+
+def test_a_page_draws_weights_kernels_and_samples(folder: Path, model: Path, artifact: Path) -> None:
+    bench = folder / "bench-of-page.json"
+    timed = command(folder, "bench", artifact, "--kernels", "--rounds", "2", "--no-memory")
+    bench.write_text(json.dumps(timed))
+    page = folder / "samples.html"
+    command(folder, "inspect", artifact, "--html", page, "--bench", bench, "--compare", model)
+    with browser.opened(page) as opened:
+        opened.wait_for_selector("html[data-opened]", state="attached", timeout=60_000)
+        opened.click("#tab-samples")
+        drawn = opened.eval_on_selector_all("#view-samples img", "all => all.map(i => [i.alt, i.naturalWidth > 20])")
+        assert drawn == [[kind, True] for kind in ("float", "compiled", "difference")]
+        assert "PSNR" in opened.inner_text("#view-samples")
+        opened.click("#tab-layers")
+        layers = opened.evaluate("versions[0].layers.map(l => [l.name, l.weights, l.histogram, l.ms])")
+        for name, weights, histogram, ms in layers:
+            assert sum(histogram["counts"]) == weights, name
+            rows = [row["ms"] for row in timed["kernels"] if row["layer"] == f"{name}.weight"]
+            assert ms == pytest.approx(sum(rows)) and rows
+        opened.click(f"[data-layer='{layers[0][0]}']")
+        assert opened.eval_on_selector_all("#why .bar", "all => all.length") == len(layers[0][2]["counts"])
+        assert opened.eval_on_selector_all("#why .level", "all => all.length") == len(layers[0][2]["levels"])
 
 
 def test_bench_times_every_kernel_call(folder: Path, artifact: Path) -> None:

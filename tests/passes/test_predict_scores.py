@@ -11,7 +11,7 @@ import pytest
 from mpq_compiler import formats, schemas
 from mpq_compiler.allocation.costs import describe
 from mpq_compiler.allocation.pose import SCORES
-from mpq_compiler.inspection import explain, html_report, score_report
+from mpq_compiler.inspection import explain, score_report
 from mpq_compiler.ir import costs, provenance, stored_tensors
 from mpq_compiler.ir.findings import ALLOCATION
 from mpq_compiler.ir.program import Program
@@ -195,13 +195,12 @@ def test_nothing_scored_is_said():
         score_report.explain(plain)
 
 
-def test_layers_and_the_page_tell_of_scores(document):
+def test_layers_and_charts_tell_of_scores(document):
     name = next(path for path in document["layers"] if path.endswith("to_q.weight"))
     told = " ".join(explain.sentences(explain.why(document, name)))
     assert "the predictor scores it as 'to_q' of block" in told and "chosen together with those of its unit" in told
-    text = html_report.page(document, "scores")
-    assert text.count("<svg") == 1 + len(score_report.KINDS)
-    assert all(f"Scores and formats by {title}" in text for title in score_report.KINDS.values())
+    charts = score_report.charts(score_report.explain(document))
+    assert [*charts] == [*score_report.KINDS.values()] and all(chart.startswith("<svg") for chart in charts.values())
 
 
 def test_the_recipe_is_the_papers_search_space():
