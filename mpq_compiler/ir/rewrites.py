@@ -1,6 +1,6 @@
 """The rewrites of a model's parameters in an artifact: `weight_basis` as a list for the manifest, and back.
 
-With it the stored tensors can be turned into those of the model that was compiled (`mpq_compiler.export`).
+With it the stored tensors can be turned into those of the model that was compiled (`mpq_compiler.interchange`).
 """
 
 from __future__ import annotations

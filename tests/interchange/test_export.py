@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 
 import mpq_compiler
 from mpq_compiler.artifact import bundle
-from mpq_compiler.export.export import export
-from mpq_compiler.export.original import read
+from mpq_compiler.interchange.export import export
+from mpq_compiler.interchange.original import read
 from mpq_compiler.frontend import checkpoint
 from mpq_compiler.support.errors import UserError
 from tests.harness import tiny

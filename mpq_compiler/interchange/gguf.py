@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from mpq_compiler.export.container import Layer, Written, sqnr_db
+from mpq_compiler.interchange.container import Layer, Written, sqnr_db
 
 SMALL, SUPER = 32, 256
 """The numbers of a block, and of a super-block of the k-quants."""

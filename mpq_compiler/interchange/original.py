@@ -15,6 +15,7 @@ from mpq_compiler.formats import contract
 from mpq_compiler.formats.entropy import EntropyFormat
 from mpq_compiler.formats.floating import Float8Format
 from mpq_compiler.ir import stored_tensors
+from mpq_compiler.ir.graph import part_of
 from mpq_compiler.ir.rewrites import bases
 from mpq_compiler.ir.weight_basis import Basis
 from mpq_compiler.support.errors import UserError
@@ -55,7 +56,7 @@ def read(artifact: Artifact, model: Mapping[str, Tensor]) -> dict[str, Original]
     parts: dict[str, dict[str, Tensor]] = {}
     sizes: dict[str, int] = {}
     for entry in manifest["tensors"]:
-        path, _, part = entry["name"].partition(":")
+        path, part = entry["name"].partition(":")[0], part_of(entry["name"])
         parts.setdefault(path, {})[part] = stored_tensors.restored(entry, arrays)
         sizes[path] = sizes.get(path, 0) + arrays[entry["name"]].nbytes
     entries = manifest.get("rewrites", [])

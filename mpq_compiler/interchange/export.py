@@ -12,13 +12,13 @@ import torch
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact.signature import Trust
-from mpq_compiler.export import names, original
-from mpq_compiler.export.container import Layer, Written
+from mpq_compiler.interchange import comfy, names, original
+from mpq_compiler.interchange.container import Layer, Written
 from mpq_compiler.frontend import checkpoint
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import beside, check_place, put
 
-FORMATS = ("gguf",)
+FORMATS = ("gguf", "comfy")
 """The containers."""
 
 
@@ -88,19 +88,31 @@ def export(
     layers = _layers(found, config, weights)
     class_ = str(config.get("_class_name"))
     called = names.original(class_, config, weights)
-    notes = ["activations are floats there: what the artifact quantizes of them is not exported"]
+    notes = ["activations of the artifact's plan are not exported: the other project has its own"]
     if called is None:
-        notes.append(f"tensors have the names of diffusers' {class_}, of which no original checkpoint is known here")
-        architecture = "diffusers"
-    else:
-        architecture = "sdxl" if config.get("addition_embed_type") == "text_time" else "sd1"
-    from mpq_compiler.export import gguf  # heavy, and of an extra
-
+        if format == "comfy":
+            raise UserError(
+                f"ComfyUI loads original checkpoints' names, and those of a {class_} are not known here: export to gguf"
+            )
+        notes.append(f"tensors have the names of diffusers' {class_}: those of its original checkpoint are not known here")
+    layers = {(called or {}).get(name, name): layer for name, layer in layers.items()}
     with beside(path) as scratch:
         made = scratch / "made"
-        rows = gguf.write(made, {(called or {}).get(name, name): layer for name, layer in layers.items()}, architecture)
+        if format == "comfy":
+            rows = comfy.write(made, layers)
+        else:
+            from mpq_compiler.interchange import gguf  # of an extra
+
+            rows = gguf.write(made, layers, _architecture(called is not None, config))
         put(made, path, scratch)
     return Export(path, format, rows, notes)
+
+
+def _architecture(known: bool, config: Mapping[str, Any]) -> str:
+    """The word of ComfyUI-GGUF for a UNet's family; that of nobody for others."""
+    if not known:
+        return "diffusers"
+    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd1"
 
 
 def _layers(artifact: bundle.Artifact, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
