@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpq_compiler.interchange.container import Written
 
 FORMATS = ("gguf", "comfy")
-"""Those of `mpq_compiler.export`, which imports torch."""
+"""The formats of `interchange.export`, which imports torch."""
 
 
 def add(commands: Commands) -> None:
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     exact = sum(w.sqnr_db == float("inf") for w in quantized)
     worst = min(quantized, key=lambda w: w.sqnr_db, default=None)
     terminal.say(
-        f"weights: {terminal.size(ours)} in the artifact, {terminal.size(theirs)} there; {exact} of {len(quantized)} exact"
+        f"weights: {terminal.size(ours)} in the artifact, {terminal.size(theirs)} there; "
+        f"{exact} of {len(quantized)} exact"
         + (f", the worst at {worst.sqnr_db:.1f} dB ({worst.layer.name})" if worst and exact < len(quantized) else "")
     )
     for sentence in made.notes:

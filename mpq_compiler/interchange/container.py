@@ -38,5 +38,6 @@ class Written:
 
 def sqnr_db(value: np.ndarray, made: np.ndarray) -> float:
     """The SQNR of a written value in dB; infinite where it is exact."""
-    noise = float(np.square(value.astype(np.float64) - made).sum())
-    return math.inf if noise == 0 else 10 * math.log10(max(float(np.square(value.astype(np.float64)).sum()), 1e-300) / noise)
+    wide = value.astype(np.float64)
+    power, noise = float(np.square(wide).sum()), float(np.square(wide - made).sum())
+    return math.inf if noise == 0 else 10 * math.log10(max(power, 1e-300) / noise)

@@ -12,9 +12,9 @@ import torch
 
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact.signature import Trust
+from mpq_compiler.frontend import checkpoint
 from mpq_compiler.interchange import comfy, names, original
 from mpq_compiler.interchange.container import Layer, Written
-from mpq_compiler.frontend import checkpoint
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import beside, check_place, put
 
@@ -94,8 +94,8 @@ def export(
             raise UserError(
                 f"ComfyUI loads original checkpoints' names, and those of a {class_} are not known here: export to gguf"
             )
-        notes.append(f"tensors have the names of diffusers' {class_}: those of its original checkpoint are not known here")
-    layers = {(called or {}).get(name, name): layer for name, layer in layers.items()}
+        notes.append(f"tensors have the names of diffusers' {class_}: those of its original are not known here")
+    layers = {called[name] if called else name: layer for name, layer in layers.items()}
     with beside(path) as scratch:
         made = scratch / "made"
         if format == "comfy":
@@ -115,7 +115,9 @@ def _architecture(known: bool, config: Mapping[str, Any]) -> str:
     return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd1"
 
 
-def _layers(artifact: bundle.Artifact, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
+def _layers(
+    artifact: bundle.Artifact, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+) -> dict[str, Layer]:
     """The parameters of the model, with the artifact's values where it has some."""
     class_, own = artifact.manifest["model"]["class"], str(config.get("_class_name"))
     if class_ != own:

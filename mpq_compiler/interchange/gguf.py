@@ -40,7 +40,8 @@ def _even(blocks: np.ndarray, steps: np.ndarray | None, least: int, most: int) -
         wide = step.astype(np.float32)
         now = np.clip(np.rint(blocks * _inverse(wide)), least, most)
         off = ((now * wide - blocks) ** 2).sum(-1, keepdims=True)
-        best, codes, error = np.where(off < error, step, best), np.where(off < error, now, codes), np.minimum(off, error)
+        closer = off < error
+        best, codes, error = np.where(closer, step, best), np.where(closer, now, codes), np.minimum(off, error)
     return best, codes.astype(np.int32)
 
 

@@ -1,7 +1,7 @@
 """The names that a model's parameters have in the checkpoint that diffusers' model was converted from.
 
-stable-diffusion.cpp, ComfyUI and diffusers' `from_single_file` read those. The rules are diffusers' own conversion
-(`diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint`) run backwards, and that conversion checks the result.
+stable-diffusion.cpp, ComfyUI and diffusers' `from_single_file` read those. The rules are diffusers' own conversion run
+backwards (`diffusers.loaders.single_file_utils.convert_ldm_unet_checkpoint`), and that conversion checks the result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-_BLOCK = re.compile(r"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.")
+_KINDS = "resnets|attentions|downsamplers|upsamplers"
+_BLOCK = re.compile(rf"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.({_KINDS})\.(\d+)\.")
 
 
 def original(name: str, config: Mapping[str, Any], parameters: Collection[str]) -> dict[str, str] | None:
@@ -43,7 +44,8 @@ def original(name: str, config: Mapping[str, Any], parameters: Collection[str]) 
     layers = config["layers_per_block"]
     if not isinstance(layers, int):
         return None
-    crossed = {match[2] for p in parameters if (match := _BLOCK.match(p)) and match[1] == "up_blocks" and match[3] == "attentions"}
+    parts = [match for p in parameters if (match := _BLOCK.match(p)) is not None]
+    crossed = {match[2] for match in parts if match[1] == "up_blocks" and match[3] == "attentions"}
     found = {p: PREFIX + (table.get(p) or _in_block(p, layers, crossed)) for p in parameters}
     try:
         back = known.convert_ldm_unet_checkpoint({new: p for p, new in found.items()}, dict(config))
@@ -73,4 +75,6 @@ def _in_block(parameter: str, layers: int, crossed: Collection[str | None]) -> s
         return f"input_blocks.{first + layers + 1}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
         return f"output_blocks.{first + layers}.{2 if match[2] in crossed else 1}.{rest}"
-    return f"input_blocks.{first + 1 + number}.{part}.{rest}" if side == "down_blocks" else f"output_blocks.{first + number}.{part}.{rest}"
+    if side == "down_blocks":
+        return f"input_blocks.{first + 1 + number}.{part}.{rest}"
+    return f"output_blocks.{first + number}.{part}.{rest}"
