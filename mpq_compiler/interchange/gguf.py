@@ -6,8 +6,8 @@ Rows of linear layers are quantized; ggml has no quantized convolutions, so othe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import gguf
 import numpy as np
@@ -15,8 +15,8 @@ from gguf import GGMLQuantizationType as Type
 
 from mpq_compiler.interchange.container import Layer, Written, sqnr_db
 
-SMALL, SUPER = 32, 256
-"""The numbers of a block, and of a super-block of the k-quants."""
+SMALL = 32
+"""The least numbers of a block."""
 
 
 def _half(values: np.ndarray) -> np.ndarray:
@@ -24,7 +24,8 @@ def _half(values: np.ndarray) -> np.ndarray:
 
 
 def _inverse(values: np.ndarray) -> np.ndarray:
-    return np.divide(1.0, values, out=np.zeros_like(values), where=values != 0)
+    found: np.ndarray = np.divide(1.0, values, out=np.zeros_like(values), where=values != 0)
+    return found
 
 
 def _even(blocks: np.ndarray, steps: np.ndarray | None, least: int, most: int) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +150,8 @@ def _q2_k(blocks: np.ndarray, steps: np.ndarray | None) -> np.ndarray:
     return _bytes((scale.astype(np.uint8) | least.astype(np.uint8) << 4), two, d, dmin)
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)
+class Kind:
     """A type of blocks."""
 
     type: Type

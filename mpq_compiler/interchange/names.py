@@ -33,8 +33,9 @@ def original(name: str, config: Mapping[str, Any], parameters: Collection[str]) 
     """
     if name != "UNet2DConditionModel":
         return None
-    from diffusers.loaders import single_file_utils as known
+    from diffusers.loaders import single_file_utils
 
+    known: Any = single_file_utils
     tables = known.DIFFUSERS_TO_LDM_MAPPING["unet"]
     table = {**tables["layers"], "class_embedding.weight": "label_emb.weight"}
     if config.get("class_embed_type") in ("timestep", "projection"):

@@ -68,6 +68,7 @@ def read(artifact: Artifact, model: Mapping[str, Tensor]) -> dict[str, Original]
         if basis.origin not in model:
             continue  # a constant or the scales of an activation
         of = model[basis.origin]
+        made: Original | None
         if "codes" in tensors:
             made = _decoded(artifact, path, tensors, planned[path], basis, of)
         else:
@@ -121,7 +122,7 @@ def _decoded(
     channels = codes.shape[1] // taps
     shape = (*_channels_last(of)[:-1], channels)
     step: Tensor | None = None
-    if isinstance(chosen, Float8Format) or not chosen.integer:
+    if isinstance(chosen, Float8Format):
         rows = _nearest_float8(tensors, chosen.exponents, basis.rewritten(_last(of)).flatten(1))
     else:
         segments = chosen.segments(channels)

@@ -19,9 +19,8 @@ from mpq_compiler.ir.weight_basis import BASES, Basis, Part, Rotated, Scaled, St
 def describe(program: Program) -> tuple[list[manifest.Rewrite], dict[str, np.ndarray]]:
     """(the manifest's entries on the parameters that passes rewrote; the tensors of their steps, by name)."""
     tensors: dict[str, np.ndarray] = {}
-    bases: Mapping[str, Basis] = program.facts.get(BASES) or {}
     entries: list[manifest.Rewrite] = []
-    for path, basis in sorted(bases.items()):
+    for path, basis in sorted(program.facts.get(BASES, {}).items()):
         steps = [_described(f"{path}:{number}", step, tensors) for number, step in enumerate(basis.steps)]
         entries.append({"parameter": path, "origin": basis.origin, "steps": steps})
     return entries, tensors
