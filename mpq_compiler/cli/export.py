@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mpq_compiler.cli import output
 from mpq_compiler.cli.options import Commands, add_key
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
     add_key(parser)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
+def run(args: argparse.Namespace) -> dict[str, object]:
     """Write the file, print what became of each quantized layer, and return that."""
     output.require_new(args.output, args.overwrite)
     from mpq_compiler.interchange.export import export

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -37,7 +36,7 @@ class Export:
         """The size of the file."""
         return self.path.stat().st_size
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """The export as schemas/export.json describes it."""
         rows = [
             {
@@ -108,7 +107,7 @@ def export(
     return Export(path, format, rows, notes)
 
 
-def _architecture(known: bool, config: Mapping[str, Any]) -> str:
+def _architecture(known: bool, config: Mapping[str, object]) -> str:
     """The word of ComfyUI-GGUF for a UNet's family; that of nobody for others."""
     if not known:
         return "diffusers"
@@ -116,7 +115,7 @@ def _architecture(known: bool, config: Mapping[str, Any]) -> str:
 
 
 def _layers(
-    artifact: bundle.Artifact, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]
+    artifact: bundle.Artifact, config: Mapping[str, object], weights: Mapping[str, torch.Tensor]
 ) -> dict[str, Layer]:
     """The parameters of the model, with the artifact's values where it has some."""
     class_, own = artifact.manifest["model"]["class"], str(config.get("_class_name"))

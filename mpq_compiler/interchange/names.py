@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from typing import Any
 
 PREFIX = "model.diffusion_model."
 _RESNET = {
@@ -23,7 +22,7 @@ _KINDS = "resnets|attentions|downsamplers|upsamplers"
 _BLOCK = re.compile(rf"(down_blocks|mid_block|up_blocks)(?:\.(\d+))?\.({_KINDS})\.(\d+)\.")
 
 
-def original(name: str, config: Mapping[str, Any], parameters: Collection[str]) -> dict[str, str] | None:
+def original(name: str, config: Mapping[str, object], parameters: Collection[str]) -> dict[str, str] | None:
     """The original name of each parameter; None where diffusers knows none.
 
     Args:
@@ -33,10 +32,9 @@ def original(name: str, config: Mapping[str, Any], parameters: Collection[str]) 
     """
     if name != "UNet2DConditionModel":
         return None
-    from diffusers.loaders import single_file_utils
+    from diffusers.loaders import single_file_utils as known
 
-    known: Any = single_file_utils
-    tables = known.DIFFUSERS_TO_LDM_MAPPING["unet"]
+    tables: dict[str, dict[str, str]] = known.DIFFUSERS_TO_LDM_MAPPING["unet"]  # type: ignore[assignment]
     table = {**tables["layers"], "class_embedding.weight": "label_emb.weight"}
     if config.get("class_embed_type") in ("timestep", "projection"):
         table |= tables["class_embed_type"]
@@ -49,7 +47,7 @@ def original(name: str, config: Mapping[str, Any], parameters: Collection[str]) 
     crossed = {match[2] for match in parts if match[1] == "up_blocks" and match[3] == "attentions"}
     found = {p: PREFIX + (table.get(p) or _in_block(p, layers, crossed)) for p in parameters}
     try:
-        back = known.convert_ldm_unet_checkpoint({new: p for p, new in found.items()}, dict(config))
+        back = known.convert_ldm_unet_checkpoint({new: p for p, new in found.items()}, dict(config))  # type: ignore[no-untyped-call]
     except (KeyError, IndexError):
         return None
     return found if {p: p for p in parameters} == {p: old for p, old in back.items() if old is not None} else None
