@@ -33,6 +33,7 @@ _API = {  # public name: where it is
     "demo": "cli.demo:demo",
     "estimate": "api.compile:estimate",
     "evaluate": "evaluation.evaluate:evaluate",
+    "export": "interchange.export:export",
     "inspect": "cli.inspect:inspect",
     "load": "runtime.compiled_denoiser:load",
     "load_denoiser": "frontend.denoiser:load",

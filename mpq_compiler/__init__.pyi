@@ -18,6 +18,7 @@ from mpq_compiler.evaluation.evaluate import evaluate as evaluate
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.frontend.denoiser import load as load_denoiser
 from mpq_compiler.frontend.record import record_inputs as record_inputs
+from mpq_compiler.interchange.export import export as export
 from mpq_compiler.ir.findings import SensitivityTable
 from mpq_compiler.latency.table import Table
 from mpq_compiler.pipeline.backend import Progress
@@ -40,6 +41,7 @@ __all__ = [
     "demo",
     "estimate",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "load_denoiser",

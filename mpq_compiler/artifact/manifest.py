@@ -140,6 +140,24 @@ class Lora(TypedDict):
     layers: list[LoraLayer]
 
 
+class RewriteStep(TypedDict):
+    """A step that a parameter went through: a factor of its channels, a Hadamard rotation of blocks, or a part."""
+
+    kind: str
+    tensor: NotRequired[str]
+    block: NotRequired[int]
+    start: NotRequired[int]
+    stop: NotRequired[int]
+
+
+class Rewrite(TypedDict):
+    """A parameter that passes rewrote: the model's that it was, and the steps in order."""
+
+    parameter: str
+    origin: str
+    steps: list[RewriteStep]
+
+
 class Assumption(TypedDict):
     """A token of an input that the compiler took for constant."""
 
@@ -194,6 +212,7 @@ class Manifest(TypedDict):
     prepare: NotRequired[Prepare]
     tensors: list[Tensor]
     lora: NotRequired[Lora]
+    rewrites: NotRequired[list[Rewrite]]
     weights: Weights
     recipe: NotRequired[dict[str, Any]]
     pipeline: NotRequired[str]

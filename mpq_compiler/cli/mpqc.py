@@ -22,6 +22,7 @@ from mpq_compiler.cli import (
     completion,
     demo,
     evaluate,
+    export,
     generate,
     inspect,
     latency,
@@ -62,7 +63,8 @@ id (owner/name, or owner/name@commit), or a bundled name (mpqc models).
 """
 
 COMMANDS = (
-    *(demo, compile, generate, tokenize, evaluate, run, verify, sign, bench, inspect, allocate, sensitivity, latency),
+    *(demo, compile, generate, tokenize, evaluate, run, export, verify, sign, bench, inspect, allocate, sensitivity),
+    latency,
     *(passes, recipes, targets, models, cache, completion),
 )
 """Modules of the commands, in the order in which the help lists them."""
@@ -76,6 +78,7 @@ REQUIREMENTS = {
     "transformers": ("transformers", "mpq-compiler[compile]"),
     "tvm": ("apache-tvm", "mpq-compiler[runtime]"),
     "shtab": ("shtab", "shtab"),
+    "gguf": ("gguf", "mpq-compiler[gguf]"),
     "onnx": ("onnx", "mpq-compiler[onnx]"),
     "onnxruntime": ("onnxruntime", "mpq-compiler[onnx]"),
 }

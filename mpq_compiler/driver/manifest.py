@@ -20,7 +20,7 @@ from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
-from mpq_compiler.ir import costs, device, printer, provenance
+from mpq_compiler.ir import costs, device, printer, provenance, rewrites
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.findings import ALLOCATION, ASSUMPTIONS, ATTENTION_NUMERICS, NO_LOSSES, SENSITIVITY
 from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
@@ -77,6 +77,8 @@ def describe(
     document |= {key: value for key, value in optional.items() if value is not None}
     if (branches := lora.describe(program)[0]) is not None:
         document["lora"] = branches
+    if rewritten := rewrites.describe(program)[0]:
+        document["rewrites"] = rewritten
     if options.threads is not None:
         document["threads"] = options.threads
     if options.tune:
@@ -98,8 +100,9 @@ def files(
     found |= {bundle.IR: printer.text(program).encode(), bundle.DECISIONS: decided}
     if kernels:
         found[bundle.SCHEDULE] = encode_json(kernels)
-    if rewrites := lora.describe(program)[1]:
-        found[bundle.LORA] = functools.partial(_save, rewrites)
+    for file, tensors in ((bundle.LORA, lora.describe(program)[1]), (bundle.REWRITES, rewrites.describe(program)[1])):
+        if tensors:
+            found[file] = functools.partial(_save, tensors)
     if denoiser.text is not None:
         found[text_encoder.FILE] = denoiser.text.save
     if (constants := denoiser.constants) is not None:

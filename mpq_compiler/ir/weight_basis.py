@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.program import Program
@@ -25,7 +26,14 @@ class Scaled:
     """Whether it is the channels that the layer writes."""
 
     def __call__(self, weight: Tensor) -> Tensor:
-        return weight * (self.factor.reshape(-1, *[1] * (weight.dim() - 1)) if self.outputs else self.factor)
+        return weight * self._over(weight)
+
+    def undone(self, weight: Tensor, channels: int) -> Tensor:
+        """The weight that it was applied to."""
+        return weight / self._over(weight)
+
+    def _over(self, weight: Tensor) -> Tensor:
+        return self.factor.reshape(-1, *[1] * (weight.dim() - 1)) if self.outputs else self.factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +46,10 @@ class Rotated:
         blocks = weight.reshape(*weight.shape[:-1], -1, len(self.matrix))
         return (blocks @ self.matrix.to(weight)).reshape(weight.shape)
 
+    def undone(self, weight: Tensor, channels: int) -> Tensor:
+        """The weight that it was applied to; the matrix is orthogonal."""
+        return Rotated(self.matrix.T)(weight)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -48,6 +60,10 @@ class Part:
 
     def __call__(self, weight: Tensor) -> Tensor:
         return weight[..., self.start : self.stop]
+
+    def undone(self, weight: Tensor, channels: int) -> Tensor:
+        """The weight of so many channels that it was applied to, with zeros for what it left out."""
+        return functional.pad(weight, (self.start, channels - self.stop))
 
 
 Step = Scaled | Rotated | Part
@@ -65,6 +81,16 @@ class Basis:
         found = weight.double()
         for step in self.steps:
             found = step(found)
+        return found.to(torch.float32)
+
+    def undone(self, weight: Tensor, channels: int) -> Tensor:
+        """The model's form of a weight of the program: the inverse of `rewritten`, for so many channels of the model.
+
+        Inputs that the program's weight does not read are zero: weights of the parts add up to the whole.
+        """
+        found = weight.double()
+        for step in reversed(self.steps):
+            found = step.undone(found, channels)
         return found.to(torch.float32)
 
 

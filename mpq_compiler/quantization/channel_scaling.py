@@ -167,8 +167,8 @@ class Scaling:
             path, _, part = name.partition(":")
             for factor in found:
                 tensor = tensor * factor
-                if argument == 1 and call.target in CONTRACTIONS:
-                    record(program, path, Scaled(factor.flatten(), outputs=factor.dim() > 1))
+                columns = argument == 1 and call.target in CONTRACTIONS and factor.dim() == 1
+                record(program, path, Scaled(factor.flatten(), outputs=not columns))
             with graph.inserting_before(call):
                 new = graph.get_attr(program.tensors.add(f"{path}:{part + '.' if part else ''}equalized", tensor))
             call.update_arg(argument, new)

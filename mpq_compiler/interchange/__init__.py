@@ -1,0 +1,1 @@
+"""Writes an artifact's weights to the files that other projects load: one file a container."""

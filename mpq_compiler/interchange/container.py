@@ -1,0 +1,43 @@
+"""What every container is given, and what it says that it made of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A parameter of the model with the artifact's value, f32."""
+
+    name: str
+    """Its name in diffusers' model."""
+    value: np.ndarray
+    format: str | None
+    """The format of a quantized weight; None for a float."""
+    bits: int | None
+    """The bits that a code needs to be as fine as the artifact's; None for a float."""
+    step: np.ndarray | None
+    """The scales [O] where every value is a whole number of them; None where it is not."""
+    bytes: float
+    """The bytes that it takes in the artifact."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A parameter as it was written."""
+
+    layer: Layer
+    type: str
+    bytes: int
+    sqnr_db: float
+    """Of the written value against the artifact's; infinite where they are equal."""
+
+
+def sqnr_db(value: np.ndarray, made: np.ndarray) -> float:
+    """The SQNR of a written value in dB; infinite where it is exact."""
+    wide = value.astype(np.float64)
+    power, noise = float(np.square(wide).sum()), float(np.square(wide - made).sum())
+    return math.inf if noise == 0 else 10 * math.log10(max(power, 1e-300) / noise)

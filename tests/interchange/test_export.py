@@ -1,0 +1,188 @@
+"""Exports against what the other projects' own loaders make of them, and against the model that was compiled."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import GGUFQuantizationConfig, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+import mpq_compiler
+from mpq_compiler import schemas
+from mpq_compiler.artifact import bundle
+from mpq_compiler.cli import mpqc
+from mpq_compiler.frontend import checkpoint
+from mpq_compiler.interchange import names
+from mpq_compiler.interchange.export import export
+from mpq_compiler.interchange.original import read
+from mpq_compiler.support.errors import UserError
+from tests.harness import tiny
+
+HEAD = "trace,layout,split-shortcut,equalize{rule=smoothquant},rotate{rule=everywhere},calibrate,time-groups"
+TAIL = "insert-fake-quant,low-rank,round-weights,fold-fake-quant,fuse-epilogues"
+WIDE = {"block_out_channels": (64, 64), "norm_num_groups": 8}
+
+
+def sqnr(reference: torch.Tensor, found: torch.Tensor) -> float:
+    return float(10 * torch.log10(reference.square().sum() / (reference - found).square().sum()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("export")
+    model = tiny.save("sd15", where, **WIDE)
+    save_file({k: v.contiguous() for k, v in tiny.inputs("sd15", 8, **WIDE).items()}, where / "calls.safetensors")
+    return model
+
+
+@pytest.fixture(scope="module")
+def compiled(folder):
+    made = {}
+
+    def artifact(uniform: str, rewritten: bool = True):
+        key = (uniform, rewritten)
+        if key not in made:
+            head = HEAD if rewritten else "trace,layout,calibrate,time-groups"
+            pipeline = f"{head},bit-allocation{{uniform={uniform}}},{TAIL}"
+            made[key] = folder.parent / f"{uniform}-{rewritten}.mpq"
+            calls = folder.parent / "calls.safetensors"
+            mpq_compiler.compile(folder, made[key], target="reference", calibration=calls, pipeline=pipeline)
+        return made[key]
+
+    return artifact
+
+
+def outputs(model, inputs) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**inputs, return_dict=False)[0]
+
+
+@pytest.fixture(scope="module")
+def float_model(folder):
+    return UNet2DConditionModel.from_pretrained(folder / "unet")
+
+
+def loaded(file, folder):
+    quantization = GGUFQuantizationConfig(compute_dtype=torch.float32)
+    return UNet2DConditionModel.from_single_file(
+        str(file), config=str(folder), subfolder="unet", quantization_config=quantization, torch_dtype=torch.float32
+    )
+
+
+def test_rewrites_are_undone(compiled, folder, float_model):
+    """Scaled, rotated and split channels come back as the model's own, as near as codes of 8 bits are."""
+    found = bundle.read(compiled("int8"))
+    kinds = {step["kind"] for entry in found.manifest["rewrites"] for step in entry["steps"]}
+    assert kinds == {"inputs", "outputs", "rotate", "part"}
+    model = {name: value.float() for name, value in checkpoint.read_weights(folder / "unet").items()}
+    read_back = read(found, model)
+    assert read_back.keys() == model.keys()
+    for name, known in read_back.items():
+        if name.endswith("weight"):
+            assert known.value.shape == model[name].shape
+            assert sqnr(model[name], known.value) > 25, name
+    inputs = tiny.inputs("sd15", 4, seed=5, **WIDE)
+    reference = outputs(float_model, inputs)
+    ours = UNet2DConditionModel.from_config(float_model.config)
+    ours.load_state_dict({name: known.value for name, known in read_back.items()})
+    assert sqnr(reference, outputs(ours, inputs)) > 28
+
+
+@pytest.mark.parametrize(
+    ("uniform", "rewritten", "types", "least"),
+    [
+        ("int8", True, {"Q8_0"}, 30),
+        ("int8", False, {"Q8_0"}, 30),
+        ("int4", False, {"Q4_1"}, 5),
+        ("int4+r4", False, {"Q4_0", "Q4_1"}, 5),
+        ("fp8", False, {"Q8_0"}, 30),
+    ],
+)
+def test_diffusers_computes_what_the_artifact_holds(compiled, folder, tmp_path, uniform, rewritten, types, least):
+    made = export(compiled(uniform, rewritten), tmp_path / "unet.gguf", folder)
+    assert {w.type for w in made.layers if w.layer.bits and w.layer.value.ndim == 2} <= types
+    inputs = tiny.inputs("sd15", 4, seed=5, **WIDE)
+    model = UNet2DConditionModel.from_pretrained(folder / "unet")
+    reference = outputs(model, inputs)
+    model.load_state_dict({w.layer.name: torch.from_numpy(np.array(w.layer.value)) for w in made.layers})
+    ours, theirs = outputs(model, inputs), outputs(loaded(made.path, folder), inputs)
+    assert sqnr(reference, theirs) > least
+    assert sqnr(reference, theirs) > sqnr(reference, ours) - 3
+
+
+def test_grids_stay_exact_in_gguf(compiled, folder, tmp_path):
+    """Whole numbers of a row's scale stay what they are, to the bit."""
+    made = export(compiled("int8", False), tmp_path / "unet.gguf", folder)
+    linear = [w for w in made.layers if w.layer.bits and w.layer.value.ndim == 2]
+    assert linear and all(w.sqnr_db == float("inf") for w in linear)
+    names = {w.layer.name for w in made.layers}
+    assert names == {*UNet2DConditionModel.from_pretrained(folder / "unet").state_dict()}
+
+
+def test_comfy_kitchen_computes_what_the_artifact_holds(compiled, folder, tmp_path):
+    kitchen = pytest.importorskip("comfy_kitchen.tensor")
+    made = export(compiled("int8", False), tmp_path / "unet.safetensors", folder, "comfy")
+    tensors = load_file(made.path)
+    called = {w.layer.name: w.layer for w in made.layers}
+    marks = [name for name in tensors if name.endswith(".comfy_quant")]
+    assert marks and all(json.loads(bytes(tensors[m].tolist())) == {"format": "int8_tensorwise"} for m in marks)
+    back = names.original("UNet2DConditionModel", made_config(folder), [*called])
+    for name, layer in called.items():
+        module = back[name].removesuffix(".weight")
+        if f"{module}.comfy_quant" not in tensors:
+            continue
+        scale = tensors[f"{module}.weight_scale"]
+        layout = kitchen.TensorWiseINT8Layout
+        params = layout.Params(scale=scale, orig_dtype=torch.float32, orig_shape=tuple(layer.value.shape))
+        weight = kitchen.QuantizedTensor(tensors[f"{module}.weight"], "TensorWiseINT8Layout", params)
+        assert torch.equal(weight.dequantize(), torch.from_numpy(np.array(layer.value))), name
+        x = torch.randn(16, layer.value.shape[1])
+        wanted = torch.nn.functional.linear(x, torch.from_numpy(np.array(layer.value)))
+        assert sqnr(wanted, torch.nn.functional.linear(x, weight)) > 35  # their activations have 8 bits
+
+
+def made_config(folder):
+    return checkpoint.read_json(folder / "unet" / "config.json")
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_original_names_are_those_that_diffusers_reads(family):
+    """Blocks with and without attentions, upsamplers and added embeddings."""
+    model = tiny.model(family)
+    called = names.original("UNet2DConditionModel", model.config, [*model.state_dict()])
+    assert called is not None and len({*called.values()}) == len(called)
+    assert called["conv_in.weight"] == "model.diffusion_model.input_blocks.0.0.weight"
+    assert called["mid_block.attentions.0.proj_in.weight"] == "model.diffusion_model.middle_block.1.proj_in.weight"
+
+
+def test_bad_input(compiled, folder, tmp_path):
+    artifact, file = compiled("int8", False), tmp_path / "unet.gguf"
+    with pytest.raises(UserError, match="there is no format 'onnx'; formats are gguf, comfy"):
+        export(artifact, file, folder, "onnx")
+    other = tiny.save("sd15", tmp_path, seed=1, **WIDE)
+    with pytest.raises(UserError, match="made of another model: its weights are not the model's"):
+        export(artifact, file, other)
+    with pytest.raises(UserError, match="made of another model: a UNet2DConditionModel, not a UNet2DModel"):
+        export(artifact, file, "fashion-unet")
+    wider = tiny.save("sd15", tmp_path / "wider")
+    with pytest.raises(UserError, match="made of another model"):
+        export(artifact, file, wider)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()]
+    file.write_text("mine")
+    with pytest.raises(UserError, match="exists"):
+        export(artifact, file, folder)
+    assert file.read_text() == "mine"
+
+
+def test_command(compiled, folder, tmp_path, capsys):
+    arguments = ["export", str(compiled("int8", False)), "--model", str(folder), "-o", str(tmp_path / "unet.gguf")]
+    assert mpqc.main([*arguments, "--json", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert schemas.check(result, "export") is None
+    assert {row["type"] for row in result["layers"] if row["weight"] == "int8"} == {"Q8_0", "F16"}
+    assert "exact" in capsys.readouterr().out
+    assert mpqc.main(arguments) == 1
+    assert "exists" in capsys.readouterr().err
