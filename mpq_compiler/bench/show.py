@@ -42,7 +42,7 @@ def show(found: Mapping[str, Any], kernels: bool, sort: str | None = None, top: 
         )
     if any(row["sqnr_db"] is not None for row in found["rows"]):
         samples, steps = JUDGED
-        terminal.say(f"SQNR: of the float model's calls along {samples} trajectories of {steps} steps, seen by none before")
+        terminal.say(f"SQNR: of calls along {samples} trajectories of {steps} steps that nobody was calibrated on")
     for name, reason in found["skipped"].items():
         terminal.say(f"skipped {name}: {reason}")
     peak = found["peak"]

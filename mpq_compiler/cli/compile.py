@@ -225,7 +225,7 @@ def _summary(report: Report) -> list[tuple[str, object]]:
         ("activations", f"{report.activations['average_bits']:.2f} average bits"),
         *([("plan", terminal.additivity(report.additivity))] if report.additivity else []),
         ("numerics", _numerics(report.numerics)),
-        ("SQNR", _sqnr(report.quality)),
+        ("SQNR", "{sqnr_db:.2f} dB, of {inputs} calls held out, run by the {executed_by}".format(**report.quality)),
         ("calibrated on", _calibrated(report.calibration)),
         *([("memory", terminal.memory(report.memory))] if report.memory else []),
         *([("latency", _predicted(report.latency))] if report.latency else []),
@@ -233,12 +233,6 @@ def _summary(report: Report) -> list[tuple[str, object]]:
         ("fallbacks", len(report.fallbacks)),
         ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
     ]
-
-
-def _sqnr(quality: dict[str, Any]) -> str:
-    """The SQNR of the output, with what it is of, in words."""
-    inputs, by = quality["inputs"], quality["executed_by"]
-    return f"{quality['sqnr_db']:.2f} dB, of {inputs} calls that were held out, executed by the {by}"
 
 
 def _predicted(about: dict[str, Any]) -> str:

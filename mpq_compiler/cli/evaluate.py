@@ -19,7 +19,6 @@ from mpq_compiler.cli.options import (
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import UserError
 
-
 METRICS = {
     "sqnr_db": ("SQNR of {calls} calls of the float model", " dB"),
     "trajectory_sqnr_db": ("SQNR of what is drawn, as latents", " dB"),
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> Any:
     return result
 
 
-def _show(path: str, result: Mapping[str, Any]) -> None:
+def _show(path: str, result: Mapping[str, object]) -> None:
     rows: list[tuple[str, str, str, str]] = []
     for name, (title, unit) in METRICS.items():
         if name not in result:
@@ -76,7 +75,8 @@ def _show(path: str, result: Mapping[str, Any]) -> None:
         said = title.format_map(result)
         match result[name]:
             case None:
-                rows.append((said, "n/a", result.get("reasons", {}).get(name, ""), ""))
+                reasons = result.get("reasons")
+                rows.append((said, "n/a", reasons.get(name, "") if isinstance(reasons, dict) else "", ""))
             case {"value": value, **more}:
                 span = f"{more['low']:.4g} .. {more['high']:.4g}" if "low" in more else ""
                 rows.append((said, f"{value:.4g}{unit}", span, f"{more['float']:.4g}" if "float" in more else ""))

@@ -15,6 +15,7 @@ import pickle
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ class StageFiles:
         self.known = dict(before.tensors)  # of which passes add to the store
         text, drawn = _drawing(session.denoiser)
         given = {f"calibration {name}": tensor for name, tensor in (session.calibration or {}).items()}
-        used = [formats.version(p.weights) for p in passes if isinstance(getattr(p, "weights", None), str)]
+        named = [getattr(step, "weights", None) for step in passes]
+        used = [formats.version(name) for name in named if isinstance(name, str)]
         wanted = dataclasses.replace(session.requests, statistics=frozenset()), sorted(session.requests.statistics)
         of_session = wanted, session.seed, session.steps, session.device
         graph, tensors = statistics.content(before)
@@ -80,11 +82,11 @@ class StageFiles:
             held = scratch.kept(torch.from_numpy(np.frombuffer(bytearray(content), np.uint8)))
             large.append(held.numpy())
         try:
-            found, seconds = parcels.unpack(stream, large, known=self.known)  # type: ignore[misc]
+            found = cast(tuple[Program, float], parcels.unpack(stream, large, known=self.known))
         except (IndexError, KeyError, pickle.UnpicklingError):  # a file was deleted
             return None
         os.utime(self.place)
-        return found, float(seconds)
+        return found
 
     def save(self, program: Program, seconds: float) -> bool:
         """Writes the program where it took long and there is room; returns whether it did.

@@ -119,7 +119,8 @@ def test_a_program_comes_back_as_it_was(tmp_path: Path) -> None:
     stage = of(tmp_path)
     assert stage.load() is None
     stage.save(program, 7.0)
-    assert (left := stage.load()) is not None
+    left = stage.load()
+    assert left is not None
     found, seconds = left
     assert seconds == 7.0
     assert printer.text(found) == printer.text(program)
