@@ -1,7 +1,7 @@
 """The provenance of each layer's plan: the record of what passes measured and decided, in dumps and artifacts.
 
 A pass records its decisions with `note`, for a layer (the parameter's path) or, with the layer `PROGRAM`, for all
-layers. Numbers have six significant digits, and times are never recorded. `mpqc inspect --why` reads the record.
+layers. Fractions have six significant digits, and times are never recorded. `mpqc inspect --why` reads the record.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def note(program: Program, layer: str, step: str, **what: Any) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Converts a value to JSON's types, floats to six significant digits."""
+    """Converts a value to JSON's types, floats to six significant digits; whole numbers, such as budgets, stay."""
     if isinstance(value, Tensor):
         value = value.tolist()
-    if isinstance(value, bool) or value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, float):
+    if isinstance(value, float) and not value.is_integer():
         return float(f"{value:.{_DIGITS}g}")
+    if value is None or isinstance(value, bool | str | int | float):
+        return value
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     return [plain(v) for v in value]
