@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 COLUMNS = {"layer": "name", **{name: name for name in ("weight", "activation", "bytes", "loss")}}
 """The columns of layers that sort them, with their keys in JSON."""
+SQNR = "SQNR of the output: of 2 of the calls held out that mpqc compile judges by"
+"""The sentence below SQNRs of stages."""
 
 
 def add(commands: options.Commands) -> None:
@@ -274,6 +276,7 @@ def _bisect(path: Path) -> dict[str, Any]:
         ],
         numeric=(2, 4),
     )
+    terminal.say(SQNR)
     for finding in [f for row in found["passes"] for f in row["findings"]] or [found]:
         terminal.say(finding["sentence"])
     return found
@@ -418,4 +421,5 @@ def _dumps(path: Path, pass_name: str | None, diff: list[str] | None) -> Any:
         [(d["pass"], d["nodes"], "" if d["sqnr_db"] is None else f"{d['sqnr_db']:.1f} dB") for d in described],
         numeric=(1, 2),
     )
+    terminal.say(SQNR)
     return described
