@@ -72,13 +72,12 @@ def describe(
         "target": describe_target(target) | {"numerics": numerics_of(program)},
         "functions": built.functions,
         "tensors": built.entries,
+        "rewrites": rewrites.describe(program)[0],
     }
     optional = {"prepare": built.prepare, "parts": built.parts or None, "memory": built.memory}
     document |= {key: value for key, value in optional.items() if value is not None}
     if (branches := lora.describe(program)[0]) is not None:
         document["lora"] = branches
-    if rewritten := rewrites.describe(program)[0]:
-        document["rewrites"] = rewritten
     if options.threads is not None:
         document["threads"] = options.threads
     if options.tune:

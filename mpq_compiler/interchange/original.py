@@ -49,7 +49,7 @@ def read(artifact: Artifact, model: Mapping[str, Tensor]) -> dict[str, Original]
         model: the parameters that were compiled, by name.
 
     Raises:
-        UserError: the artifact was made of another model.
+        UserError: the artifact was made of another model, or by a compiler that kept no `rewrites`.
     """
     manifest = artifact.manifest
     arrays = artifact.tensors()
@@ -59,7 +59,9 @@ def read(artifact: Artifact, model: Mapping[str, Tensor]) -> dict[str, Original]
         path, part = entry["name"].partition(":")[0], part_of(entry["name"])
         parts.setdefault(path, {})[part] = stored_tensors.restored(entry, arrays)
         sizes[path] = sizes.get(path, 0) + arrays[entry["name"]].nbytes
-    entries = manifest.get("rewrites", [])
+    entries = manifest.get("rewrites")
+    if entries is None:
+        raise UserError(f"{artifact.path} is older, and does not say how passes rewrote channels: compile it anew")
     steps = bases(entries, artifact.tensors(REWRITES)) if entries else {}
     planned = {row["name"]: row["weight"] for row in manifest["plan"]["layers"]}
     found: dict[str, Original] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -175,6 +176,25 @@ def test_bad_input(compiled, folder, tmp_path):
     with pytest.raises(UserError, match="exists"):
         export(artifact, file, folder)
     assert file.read_text() == "mine"
+
+
+def test_an_artifact_that_does_not_say_what_passes_rewrote_is_refused(compiled, folder, tmp_path):
+    older = shutil.copytree(compiled("int8", False), tmp_path / "older.mpq")
+    document = json.loads((older / bundle.MANIFEST).read_text())
+    assert document.pop("rewrites") == []
+    document["artifact_sha256"] = bundle.digest(document)
+    (older / bundle.MANIFEST).write_bytes(bundle.canonical(document))
+    with pytest.raises(UserError, match="does not say how passes rewrote channels"):
+        export(older, tmp_path / "unet.gguf", folder)
+
+
+def test_comfy_takes_no_model_whose_original_names_nobody_knows(tmp_path):
+    model, made = tiny.save("dit", tmp_path), tmp_path / "dit.mpq"
+    options = {"target": "reference", "samples": 2, "steps": 3}
+    mpq_compiler.compile(model, made, recipe="w8a8", **options)
+    with pytest.raises(UserError, match="those of a DiTTransformer2DModel are not known here: export to gguf"):
+        export(made, tmp_path / "dit.safetensors", model, "comfy")
+    assert not (tmp_path / "dit.safetensors").exists()
 
 
 def test_command(compiled, folder, tmp_path, capsys):
