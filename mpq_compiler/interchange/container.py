@@ -33,7 +33,7 @@ class Written:
     type: str
     bytes: int
     sqnr_db: float
-    """Of the written value against the artifact's; infinite where they are equal."""
+    """The SQNR of the written value against the artifact's; infinite where they are equal."""
 
 
 def sqnr_db(value: np.ndarray, made: np.ndarray) -> float:
