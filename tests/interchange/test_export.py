@@ -92,6 +92,23 @@ def test_rewrites_are_undone(compiled, folder, float_model):
     assert sqnr(reference, outputs(ours, inputs)) > 28
 
 
+@pytest.mark.parametrize(("uniform", "least"), [("int2+b", 16), ("km2", 9), ("nf4", 19), ("int4g64", 21), ("ec3", 15)])
+def test_every_kind_of_table_is_decoded(tmp_path, uniform, least):
+    """Branches, tables of a row class, groups of channels and entropy-coded codes give what the format promises."""
+    model = tiny.save("dit", tmp_path)
+    tail = f"bit-allocation{{uniform={uniform}}},insert-fake-quant,residual-branch,round-weights,fold-fake-quant"
+    pipeline = f"trace,layout,calibrate,time-groups,{tail},fuse-epilogues"
+    mpq_compiler.compile(model, tmp_path / "a.mpq", target="reference", pipeline=pipeline, samples=2, steps=3)
+    parameters = checkpoint.read_weights(model / "transformer").items()
+    weights = {name: value.float() for name, value in parameters}
+    quantized = {n: k for n, k in read(bundle.read(tmp_path / "a.mpq"), weights).items() if k.format == uniform}
+    assert len(quantized) > 5
+    joined = [torch.cat([part.flatten() for part in parts]) for parts in zip(
+        *((weights[name], known.value) for name, known in quantized.items()), strict=True
+    )]  # fmt: skip
+    assert sqnr(*joined) > least
+
+
 @pytest.mark.parametrize(
     ("uniform", "rewritten", "types", "least"),
     [
