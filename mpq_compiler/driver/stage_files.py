@@ -14,6 +14,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import cast
 
@@ -97,9 +98,8 @@ class StageFiles:
             return False
         stream, large = parcels.pack((program, seconds), known=self.known)
         size = sum(tensor.nbytes for tensor in large)
-        cache.make(self.place)
-        if size > MOST or shutil.disk_usage(self.place).free < SPARED * size:
-            self.place.rmdir()
+        cache.make(self.place.parent)
+        if size > MOST or shutil.disk_usage(self.place.parent).free < SPARED * size:
             _logger.info("the program before its budget is not kept: it takes %.1f GB", size / 1e9)
             return False
         for number, tensor in enumerate(large):
@@ -114,10 +114,11 @@ class StageFiles:
     def _evict(self) -> None:
         """Deletes the programs that nobody used for longest, until the others fit."""
         rest = MOST
-        for folder in sorted(self.place.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True):
-            rest -= sum(file.stat().st_size for file in folder.iterdir())
-            if rest < 0:
-                shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another process deletes as well
+            for folder in sorted(self.place.parent.iterdir(), key=lambda f: f.stat().st_mtime, reverse=True):
+                rest -= sum(file.stat().st_size for file in folder.iterdir())
+                if rest < 0:
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _drawing(denoiser: Denoiser) -> tuple[str, dict[str, np.ndarray | torch.Tensor]]:
