@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 from mpq_compiler.cli import output
 from mpq_compiler.cli.options import Commands, add_key
+from mpq_compiler.interchange import FORMATS
 from mpq_compiler.support import terminal
 
 if TYPE_CHECKING:
     from mpq_compiler.interchange.container import Written
-
-FORMATS = ("gguf", "comfy")
-"""The formats of `interchange.export`, which imports torch."""
 
 
 def add(commands: Commands) -> None:

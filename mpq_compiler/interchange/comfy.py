@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mpq_compiler.interchange.container import Layer, Written, sqnr_db
+from mpq_compiler.interchange.container import Layer, Written
 from mpq_compiler.support import tensorfile
+from mpq_compiler.support.decibels import sqnr
 
 LARGEST = 127
 MARK = np.frombuffer(json.dumps({"format": "int8_tensorwise"}).encode(), np.uint8)
@@ -41,7 +42,7 @@ def write(path: Path, layers: Mapping[str, Layer]) -> list[Written]:
         else:
             tensors[name] = layer.value.astype(np.float32 if layer.value.ndim < 2 else np.float16)
             made, kind, size = tensors[name].astype(np.float32), str(tensors[name].dtype), tensors[name].nbytes
-        written.append(Written(layer, kind, size, sqnr_db(layer.value, made)))
+        written.append(Written(layer, kind, size, sqnr(layer.value, made)))
     with path.open("wb") as stream:
         tensorfile.save(stream, tensors)
     return written

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,10 +33,3 @@ class Written:
     bytes: int
     sqnr_db: float
     """The SQNR of the written value against the artifact's; infinite where they are equal."""
-
-
-def sqnr_db(value: np.ndarray, made: np.ndarray) -> float:
-    """The SQNR of a written value in dB; infinite where it is exact."""
-    wide = value.astype(np.float64)
-    power, noise = float(np.square(wide).sum()), float(np.square(wide - made).sum())
-    return math.inf if noise == 0 else 10 * math.log10(max(power, 1e-300) / noise)

@@ -12,13 +12,10 @@ import torch
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact.signature import Trust
 from mpq_compiler.frontend import checkpoint
-from mpq_compiler.interchange import comfy, names, original
+from mpq_compiler.interchange import FORMATS, comfy, names, original
 from mpq_compiler.interchange.container import Layer, Written
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import beside, check_place, put
-
-FORMATS = ("gguf", "comfy")
-"""The containers."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from mpq_compiler.interchange.container import Layer, Written, sqnr_db
+from mpq_compiler.interchange.container import Layer, Written
+from mpq_compiler.support.decibels import sqnr
 
 SMALL = 32
 """The least numbers of a block."""
@@ -194,7 +195,7 @@ def stored(layer: Layer) -> tuple[Type, np.ndarray, np.ndarray]:
     for kind in (k for k in fitting if k.bits == fitting[0].bits):
         data = encode(kind, value, layer.step)
         made = gguf.dequantize(data, kind.type)
-        if best is None or sqnr_db(value, made) > sqnr_db(value, best[2]) + 1.0:  # of a larger type only what it gains
+        if best is None or sqnr(value, made) > sqnr(value, best[2]) + 1.0:  # of a larger type only what it gains
             best = (kind.type, data, made)
     assert best is not None
     return best
@@ -213,7 +214,7 @@ def write(path: Path, layers: Mapping[str, Layer], architecture: str) -> list[Wr
     for name, layer in layers.items():
         type_, data, made = stored(layer)
         writer.add_tensor(name, data, raw_dtype=type_)
-        rows.append(Written(layer, type_.name, data.nbytes, sqnr_db(layer.value, made)))
+        rows.append(Written(layer, type_.name, data.nbytes, sqnr(layer.value, made)))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
