@@ -8,7 +8,6 @@ does the same). A kernel that ran alone would find its operands in caches where 
 
 from __future__ import annotations
 
-import hashlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.findings import ATTENTION_NUMERICS
 from mpq_compiler.ir.graph import weight_of
-from mpq_compiler.ir.program import Program, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, Program, TensorStore
 from mpq_compiler.latency import kernel_schedule
 from mpq_compiler.latency.measure import measured, versions
 from mpq_compiler.latency.table import CALL, Table, timed_as
@@ -37,7 +36,6 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import REST, FitCache
 from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.runtime.compiled_denoiser import CompiledDenoiser
-from mpq_compiler.support import tensorfile
 from mpq_compiler.support.cache import Results, digest
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import tracked
@@ -63,6 +61,8 @@ class Costs:
     A format that leaves the activation in float changes the kernels that produce it; that difference is divided among
     the layers that read it.
     """
+    nodes: Mapping[str, float] = field(default_factory=dict)
+    """What of the fixed time each node of the program takes."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,10 @@ class Latency:
         for node in program.quantizable:
             readers.setdefault(input_edge(node).name, []).append(str(weight_path(node)))
         fixed: dict[str, float] = {}
+        nodes: dict[str, float] = {}
         edges: dict[str, dict[str, float]] = {}
         layers: dict[str, dict[str, float]] = {path: {} for paths in readers.values() for path in paths}
+        usual = next((name for name in rows if formats.get(name).integer), next(iter(rows)))
         for name, calls in rows.items():
             own = edges.setdefault(name, dict.fromkeys(readers, 0.0))
             fixed[name] = 0.0
@@ -145,13 +147,14 @@ class Latency:
                     own[edge] += spent
                 else:
                     fixed[name] += spent
-        usual = next((name for name in rows if formats.get(name).integer), next(iter(rows)))
+                if row.layer not in layers and name == usual:
+                    nodes[edge] = nodes.get(edge, 0.0) + spent
         for name, own in edges.items():
             for edge, paths in readers.items():
                 for path in paths:
                     layers[path].setdefault(name, 0.0)
                     layers[path][name] += (own[edge] - edges[usual][edge]) / len(paths)
-        return Costs(fixed[usual] + sum(edges[usual].values()), layers)
+        return Costs(fixed[usual] + sum(edges[usual].values()), layers, nodes)
 
     def _time(self, table: Table, row: Row, name: str) -> float:
         found = table.microseconds(row.kernel)
@@ -214,9 +217,7 @@ class Latency:
             track = tracked(self.progress, "candidate plans", len(plans))
             with track as advance:
                 for index, (name, kind) in enumerate(plans):
-                    folder = Path(scratch, str(index))
-                    folder.mkdir()
-                    made.append(self._compiled(self._packed(program, name, kind, dynamic), folder, emit))
+                    made.append(self._compiled(self._packed(program, name, kind, dynamic), Path(scratch, str(index)), emit))
                     advance(1)
             yield made
 
@@ -240,28 +241,23 @@ class Latency:
         machine = (self.target.name, cpu(), self.threads, self.batch)
         return Table(*machine, results[CALL], kernels, (self.denoiser.name,), versions())
 
-    def _compiled(self, packed: Program, folder: Path, emit: str | None) -> Artifact:
+    def _compiled(self, packed: Program, place: Path, emit: str | None) -> Artifact:
         """Builds an artifact of a packed program that is good for running only: most of its manifest is missing."""
         request = BuildRequest((self.batch,), jobs=self.jobs, cache=self.cache, emit=emit)
         built = self.backend.build(packed, self.target, request)
         rows = encode_json(kernel_schedule.describe(packed, built.facts["schedule"]))
-        files = {**built.files, bundle.SCHEDULE: rows}
-        for name, content in files.items():
-            (folder / name).write_bytes(content)
-        with (folder / bundle.WEIGHTS).open("wb") as stream:
-            tensorfile.save(stream, built.tensors)
         manifest: dict[str, Any] = {
             "name": self.denoiser.name,
             "target": {"backend": "tvm", "name": self.target.name, "arch": self.target.arch, "features": []},
-            "model": {"config": {}},
+            "model": {"class": "", "config": {}, "parameters": packed.facts[PARAMETERS]},
             "functions": built.functions,
+            "tensors": built.entries,
             "parts": built.parts,
             "prepare": built.prepare,
             "versions": versions(),
-            "files": {n: {"sha256": hashlib.sha256(content).hexdigest()} for n, content in files.items()},
         }
-        manifest["files"][bundle.WEIGHTS] = {}
-        return Artifact(folder, folder, manifest)
+        bundle.write(place, manifest, {**built.files, bundle.SCHEDULE: rows}, built.tensors)
+        return bundle.read(place)
 
 
 def runnable(plans: Sequence[Artifact], threads: int = 1) -> list[CompiledDenoiser]:
