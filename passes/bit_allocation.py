@@ -15,10 +15,12 @@ from mpq_compiler.allocation import costs, lagrangian, pose, sensitivity_table
 from mpq_compiler.allocation.pose import SCORES, Terms
 from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
 from mpq_compiler.allocation.rerank import Reranker, Solved
+from mpq_compiler.allocation.reuse_choice import Candidate, candidates
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
 from mpq_compiler.analysis.estimated_losses import ESTIMATOR, LossEstimator
 from mpq_compiler.analysis.noise_power import PIECE, noise_of_program, usual_inputs
+from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.costs import average_bits, stored_bytes, weight_path
@@ -26,6 +28,7 @@ from mpq_compiler.ir.edges import attention_edges, dynamic_edges, input_edge
 from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY, Losses, LossTable, SensitivityTable
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, Program, Stage, TensorStore, WeightPlan
+from mpq_compiler.ir.reuse import REUSE
 from mpq_compiler.pipeline.demand import TRIAL, USUAL, Asked, Demand, fitting, searching
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
@@ -42,7 +45,7 @@ from mpq_compiler.quantization.statistics import (
     VALUES_PER_INPUT,
     Statistic,
 )
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import BudgetError, UserError
 from mpq_compiler.targets.numerics import FLOAT
 
 ORTHOGONALITY = "orthogonality"
@@ -342,11 +345,20 @@ class BitAllocation(Pass):
         kept = widest if self.protected_as == "widest" and not self._unquantized else None
         terms = Terms(self.objective == "paper-db", protected=dict.fromkeys(protected, kept))
 
-        def posed(terms: Terms) -> dict[str, Any]:
-            return pose.problem(table, limit, self.activations, self.bops, self.latency, terms)
+        def posed(
+            terms: Terms, table: SensitivityTable = table, latency: float | None = self.latency
+        ) -> dict[str, Any]:
+            return pose.problem(table, limit, self.activations, self.bops, latency, terms)
 
         def solved(terms: Terms) -> Solved:
-            return Solved(terms, problem := posed(terms), self._solved(problem, table))
+            def whole() -> Solved:
+                return Solved(terms, problem := posed(terms), self._solved(problem, table))
+
+            def reusing(candidate: Candidate) -> Solved:
+                problem = candidate.added(posed(terms, candidate.table(table)))
+                return Solved(terms, problem, self._solved(problem, table), candidate)
+
+            return self._with_reuse(program, session, whole, reusing)
 
         def planned(solution: Solution) -> Program:
             return self._planned(program, *_choices_of(solution, table), session.fits)
@@ -360,11 +372,68 @@ class BitAllocation(Pass):
             )
         program.facts[ALLOCATION] = {
             **best.solution.to_json(),
-            "objective": _noise(posed(replace(best.terms, decibels=False)), best.solution),
+            "objective": _noise(posed(replace(best.terms, decibels=False), latency=None), best.solution),
             "problem": best.problem,
             **({"candidates": reranker.judged} if reranker.judged else {}),
         }
-        return _choices_of(best.solution, table)
+        chosen, quantized = _choices_of(best.solution, table)
+        self._note_reuse(program, best, {path: name for path, (name, _) in chosen.items()}, session)
+        return chosen, quantized
+
+    def _with_reuse(
+        self,
+        program: Program,
+        session: Session,
+        whole: Callable[[], Solved],
+        reusing: Callable[[Candidate], Solved],
+    ) -> Solved:
+        """Solves for the bits, and for what steps reuse where that was measured and there is a budget of time.
+
+        whole: solves without reuse. reusing: solves for a candidate. BudgetError: no solution keeps the budgets.
+        """
+        losses, known = program.facts.get(REUSE_LOSSES), self._layer_times(session)
+        if self.latency is None or losses is None or known is None:
+            return whole()
+        best: Solved | None = None
+        refusals: list[BudgetError] = []
+        bounds: dict[str, float] = {}  # what bits lose at the least: where the most steps reuse
+        for each in (None, *candidates(losses, self._times(program, known), program)):
+            bound = 0.0 if each is None else bounds.get(each.cut.node, 0.0) + each.least
+            if best is not None and bound >= best.solution.objective:
+                continue
+            try:
+                found = whole() if each is None else reusing(each)
+            except BudgetError as error:
+                refusals.append(error)
+                continue
+            if each is not None:
+                bounds.setdefault(each.cut.node, found.solution.objective - each.loss(found.solution.choices))
+            if best is None or found.solution.objective < best.solution.objective:
+                best = found
+        if best is None:
+            raise refusals[1] if len(refusals) > 1 else refusals[0]
+        return best
+
+    def _note_reuse(self, program: Program, best: Solved, formats: Mapping[str, str], session: Session) -> None:
+        """Notes what steps reuse, where a solution has them reuse anything."""
+        program.facts.pop(REUSE, None)
+        known, candidate, choices = self._layer_times(session), best.reuse, best.solution.choices
+        if candidate is None or known is None or not (chosen := candidate.chosen(choices)):
+            return
+        schedule = candidate.losses.schedule(candidate.cut, chosen)
+        program.facts[REUSE] = schedule
+        steps, saved = len(schedule.timesteps), candidate.inside.saved(self._times(program, known), formats)
+        program.facts[ALLOCATION] |= {
+            "reuse": {
+                "node": candidate.cut.node,
+                "share": round(candidate.cut.share, 3),
+                "steps": steps,
+                "reused": schedule.reused,
+                "loss": candidate.loss(choices),
+                "saved_ms": schedule.reused / steps * saved / 1e3,
+                "stretches": {name: choices[name] for name in candidate.options},
+            }
+        }
 
     def _measured(self, program: Program) -> LossTable:
         """The table of the losses to sum. UserError: no pass has measured them."""
@@ -552,12 +621,14 @@ class BitAllocation(Pass):
             return
         times = self._times(program, known)
         total = (times.fixed + sum(times.layers[path][plan.format] for path, plan in program.weights.items())) / 1e3
+        whole, total = total, total - program.facts.get(ALLOCATION, {}).get("reuse", {}).get("saved_ms", 0.0)
         if self.latency is not None and total > self.latency * (1 + 1e-9):
             raise UserError(
                 f"uniform {self.uniform} takes {total:.4g} ms, more than the budget of {self.latency:g} ms; use the "
                 "default recipe, which mixes formats"
             )
-        program.facts[LATENCY] = {"ms": total, "fixed_ms": times.fixed / 1e3, "budget_ms": self.latency}
+        fixed = times.fixed / 1e3
+        program.facts[LATENCY] = {"ms": total, "whole_ms": whole, "fixed_ms": fixed, "budget_ms": self.latency}
         provenance.note(program, provenance.PROGRAM, self.name(), latency=program.facts[LATENCY])
         for path in program.weights:
             provenance.note(program, path, self.name(), microseconds=times.layers[path])
@@ -616,7 +687,7 @@ def _scored(program: Program) -> list[str]:
 def _noise(problem: dict[str, Any], solution: Solution) -> float:
     """The summed loss of a solution's choices in another problem than its own."""
     losses = {(layer["name"], c["name"]): c["loss"] for layer in problem["layers"] for c in layer["choices"]}
-    return math.fsum(losses[choice] for choice in solution.choices.items())
+    return math.fsum(losses[choice] for choice in solution.choices.items() if choice in losses)
 
 
 def _split(layer: str, choice: str) -> tuple[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mpq_compiler.allocation.pose import Terms
 from mpq_compiler.allocation.problem import Solution
+from mpq_compiler.allocation.reuse_choice import Candidate
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir.interpreter import run
@@ -27,6 +28,8 @@ class Solved:
     terms: Terms
     problem: dict[str, Any]
     solution: Solution
+    reuse: Candidate | None = None
+    """What steps reuse, where that is part of the problem."""
 
 
 @dataclass

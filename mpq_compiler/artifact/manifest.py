@@ -196,6 +196,19 @@ class File(TypedDict):
     sha256: str
 
 
+class Reuse(TypedDict):
+    """What steps of a sampler take from earlier ones (`sampling.reuse.Schedule`), and by which functions."""
+
+    node: str
+    shape: list[int]
+    """Of the kept value of a sample, float32."""
+    timesteps: list[float]
+    sources: list[list[list[float]]]
+    """Of each step the steps whose kept values it sums, each with its weight; one with none computes all."""
+    keeping: list[str]
+    reusing: list[str]
+
+
 class Manifest(TypedDict):
     """What an artifact holds, and how it came about."""
 
@@ -212,6 +225,7 @@ class Manifest(TypedDict):
     prepare: NotRequired[Prepare]
     tensors: list[Tensor]
     lora: NotRequired[Lora]
+    reuse: NotRequired[Reuse]
     rewrites: NotRequired[list[Rewrite]]
     weights: Weights
     recipe: NotRequired[dict[str, Any]]

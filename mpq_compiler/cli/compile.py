@@ -88,6 +88,11 @@ def add(commands: options.Commands) -> None:
     parser.add_argument("--dumps", type=Path, metavar="DIR", help="write the program after every pass")
     options.add_threads(parser, "threads of a call, unless it says otherwise (default: every core it finds)")
     options.add_budgets(parser)
+    parser.add_argument(
+        "--reuse", type=int, metavar="STEPS",
+        help="with --latency, then of a step on average: what steps of a sampler of so many take from earlier ones is "
+        "decided together with the bits (docs/reuse.md)",
+    )  # fmt: skip
     options.add_latency_table(parser)
     options.add_lowering(parser)
 
@@ -229,6 +234,7 @@ def _summary(report: Report) -> list[tuple[str, object]]:
         ("calibrated on", _calibrated(report.calibration)),
         *([("memory", terminal.memory(report.memory))] if report.memory else []),
         *([("latency", _predicted(report.latency))] if report.latency else []),
+        *([("reuse", _reused(report.reuse))] if report.reuse else []),
         *((f"trained: {phase['phase']}", _trained(phase)) for phase in report.training),
         ("fallbacks", len(report.fallbacks)),
         ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
@@ -240,7 +246,19 @@ def _predicted(about: dict[str, Any]) -> str:
     budget = "" if about["budget_ms"] is None else f" of {about['budget_ms']:g} ms"
     several = f"{about['batch']} sample(s), {about['threads']} thread(s)"
     fixed = f"{about['fixed_ms']:.3g} ms of it in any format"
+    if (average := about.get("average_ms")) is not None:
+        whole = f"{about['predicted_ms']:.4g} ms of one that computes all"
+        return f"{average:.4g} ms{budget} predicted of a step on average, {whole} ({several}), {fixed}"
     return f"{about['predicted_ms']:.4g} ms{budget} predicted ({several}), {fixed}"
+
+
+def _reused(about: dict[str, Any]) -> str:
+    """What steps reuse, in words."""
+    lost = [f"{-10 * math.log10(about[name]):.1f}" for name in ("loss", "measured")]
+    return (
+        f"{about['reused']} of {about['steps']} steps leave out {about['share']:.0%} of the multiplications, behind "
+        f"'{about['node']}': {lost[0]} dB by the sum of its losses, {lost[1]} measured together"
+    )
 
 
 def _trained(phase: dict[str, Any]) -> str:

@@ -28,7 +28,9 @@ def add(commands: options.Commands) -> None:
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="PNG file")
     parser.add_argument("--compare", metavar="MODEL", help="draw the same noise with the float model beside it")
     parser.add_argument("--images", type=int, metavar="N", help="images in the picture (20; of a pipeline 1)")
-    parser.add_argument("--steps", type=int, metavar="N", help="sampling steps (10; of a pipeline its own)")
+    parser.add_argument(
+        "--steps", type=int, metavar="N", help="sampling steps (10; of a pipeline its own, of a plan with --reuse its)"
+    )
     parser.add_argument("--seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
     parser.add_argument("--class", dest="label", type=int, metavar="K", help="only images of class K")
     parser.add_argument("--prompt", metavar="TEXT", help="only images of this prompt, such as 'dark plain boot'")
@@ -62,9 +64,10 @@ def run(args: argparse.Namespace) -> Any:
     own = ("negative_prompt", "sequential", "image", "strength", "scheduler")
     if odd := [name for name in own if getattr(args, name)]:
         raise UserError(f"--{odd[0].replace('_', '-')} is of a pipeline, and {args.artifact} is a denoiser alone")
-    args.images, args.steps = (20 if args.images is None else args.images), (10 if args.steps is None else args.steps)
-    check(args.images, args.steps, args.seed or 0)
+    args.images = 20 if args.images is None else args.images
+    check(args.images, 1 if args.steps is None else args.steps, args.seed or 0)
     painter = with_conditions(from_artifact(args.artifact, args.threads, args.key), args.conditions)
+    args.steps = painter.steps if args.steps is None else args.steps
     seed = painter.unseen if args.seed is None else args.seed
     conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
     painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins

@@ -7,7 +7,7 @@ from pathlib import Path
 from mpq_compiler.artifact import bundle, signature, tvm_wheels
 from mpq_compiler.driver.budgets import parse_memory
 from mpq_compiler.driver.lower import latency_table_of
-from mpq_compiler.driver.options import Options
+from mpq_compiler.driver.options import Options, parse_shapes
 from mpq_compiler.driver.resolve import resolve
 from mpq_compiler.ir import device
 from mpq_compiler.latency.candidates import require_kernels
@@ -64,4 +64,6 @@ def check(options: Options, output: str | Path | None = None) -> None:
             raise UserError(f"the program that {option} makes cannot load a LoRA: leave {option} or --lora-rank out")
     if options.latency is not None:
         require_kernels(target)
+    if options.reuse is not None and len(parse_shapes(options.shapes)) > 1:
+        raise UserError("--reuse is decided for images of one size: give one in --shapes, or leave it out")
     latency_table_of(options, target)

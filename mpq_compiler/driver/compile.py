@@ -21,7 +21,7 @@ from mpq_compiler.driver.report import Report
 from mpq_compiler.driver.resolve import resolve
 from mpq_compiler.driver.specialize import added_bytes, other_sizes
 from mpq_compiler.frontend.denoiser import Denoiser
-from mpq_compiler.ir import costs
+from mpq_compiler.ir import costs, reuse
 from mpq_compiler.ir.interpreter import single_threaded
 from mpq_compiler.ir.lora import branch_bytes
 from mpq_compiler.ir.parcels import SHIPPING
@@ -32,6 +32,7 @@ from mpq_compiler.pipeline.backend import Backend, BuildRequest, Built, Progress
 from mpq_compiler.pipeline.manager import Record, recorded
 from mpq_compiler.pipeline.stages import StageInstrument
 from mpq_compiler.support.cluster import connected
+from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import RunContext
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.table import Target
@@ -86,8 +87,12 @@ def compile_denoiser(
     after: list[Record] = []
     with standing, single_threaded():
         others = other_kinds(lowering, denoiser) or other_sizes(lowering.program, lowering.laid_out, chosen)
+        batches, *_ = parse_shapes(chosen.shapes).values()
+        steps = reuse.specializations(lowering.program, batches)
+        if steps and denoiser.kinds:
+            raise UserError("--reuse is decided for one kind of calls, and several were recorded: leave it out")
         with recorded("kernels", after, progress):
-            built = _built(backend, lowering, target, chosen, others, workers, progress)
+            built = _built(backend, lowering, target, chosen, [*others, *steps], workers, progress)
     notes = [lowered] if lowered is not None else []
     with single_threaded():
         target = targets.with_features(target, built.features)
@@ -119,7 +124,7 @@ def compile_denoiser(
                 complete = written(built, refute if built.facts.get("from_cache") else None)
             except _Refuted as wrong:
                 notes.append(f"kernels that the cache held were thrown away and compiled anew: {wrong}")
-                built = _built(backend, lowering, target, chosen, others, None, progress, fresh=True)
+                built = _built(backend, lowering, target, chosen, [*others, *steps], None, progress, fresh=True)
                 complete = written(built)
             assert complete["weights"]["payload_bytes"] == stored, "payload and plan differ"
             built.tensors.clear()  # the artifact maps its own, and prepares them in memory

@@ -331,7 +331,7 @@ def _check_budget(program: Program, passes: Sequence[Pass], latency: Latency | N
     if limit is not None:
         pose.require_bytes(table, limit, choices)
     most = getattr(allocation, "latency", None)
-    if latency is not None and most is not None:
+    if latency is not None and most is not None and not any("reuse" in step.settings for step in passes):
         times = latency.costs(program, measured, getattr(allocation, "dynamic", False))
         table = sensitivity_table.with_latencies(table, times.fixed, times.layers)
         pose.require_latency(table, most, choices)

@@ -20,7 +20,7 @@ from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
-from mpq_compiler.ir import costs, device, printer, provenance, rewrites
+from mpq_compiler.ir import costs, device, printer, provenance, reuse, rewrites
 from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.findings import ALLOCATION, ASSUMPTIONS, ATTENTION_NUMERICS, NO_LOSSES, SENSITIVITY
 from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
@@ -78,6 +78,8 @@ def describe(
     document |= {key: value for key, value in optional.items() if value is not None}
     if (branches := lora.describe(program)[0]) is not None:
         document["lora"] = branches
+    if (schedule := program.facts.get(reuse.REUSE)) is not None:
+        document["reuse"] = schedule.to_json() | _reuse(program, built)
     if options.threads is not None:
         document["threads"] = options.threads
     if options.tune:
@@ -146,6 +148,13 @@ def _origin(
         "calibration": _calibration(denoiser, planned, options, passes),
         "versions": {name: version(name) for name in ("mpq-compiler", "torch", "diffusers", "apache-tvm", "numpy")},
     }
+
+
+def _reuse(program: Program, built: Built) -> dict[str, Any]:
+    """The manifest's entries on what steps keep: its shape, and the functions of steps that keep and that reuse."""
+    names = [str(function["name"]) for function in built.functions]
+    functions = {what: [name for name in names if name.endswith(f"_{what}")] for what in (reuse.KEEPING, reuse.REUSING)}
+    return {"shape": list(reuse.kept_shape(program)), **functions}
 
 
 def _calls(denoiser: Denoiser, built: Built) -> list[Calls]:

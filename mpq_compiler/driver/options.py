@@ -36,6 +36,9 @@ class Options:
     """The budget of bit operations per sample: 2.5e12 or "2.5T"."""
     latency: str | float | None = None
     """The budget of latency: milliseconds of a call, or "800us"; for the table's samples and threads."""
+    reuse: int | None = None
+    """The sampling steps for which a budget of latency, then of a step on average, may have steps reuse parts of the
+    network as they were (docs/reuse.md). None: every step computes all."""
     objective: str | None = None
     """The objective: "noise", or "paper-db", the summed SQNR of layers in dB (MixDQ). None takes the recipe's."""
     latency_table: str | Path | None = None

@@ -15,6 +15,7 @@ from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
 from mpq_compiler.ir.findings import ALLOCATION, LATENCY
 from mpq_compiler.ir.program import NOTES, PARAMETERS, Program
+from mpq_compiler.ir.reuse import REUSE
 from mpq_compiler.latency.candidates import Latency
 from mpq_compiler.latency.table import predict
 from mpq_compiler.pipeline import parser
@@ -67,6 +68,8 @@ class Report:
 
     It has ``measured``, ``expected`` (the sum), ``difference_db`` of the two, and the number of ``inputs``.
     """
+    reuse: dict[str, Any] | None
+    """What steps of a sampler reuse (`bit-allocation`); None where every step computes all."""
     numerics: dict[str, Any]
     """The artifact's ``mode``, and the ``attentions`` and float ``layers`` that are not in float32."""
     calls: list[KindQuality] = field(default_factory=list)
@@ -131,6 +134,7 @@ def report(
         pipeline=parser.to_text(lowering.passes),
         training=list(program.facts.get(TRAINING, ())),
         additivity=program.facts.get(ALLOCATION, {}).get("additivity"),
+        reuse=program.facts.get(ALLOCATION, {}).get("reuse"),
         numerics={"mode": numerics_of(program), **numerics_choices(planned)},
         fallbacks=dict(program.fallbacks),
         calls=judged.calls,
@@ -169,7 +173,8 @@ def predicted_latency(latency: Latency | None, program: Program, facts: dict[str
     """Predicts the latency of a call in ms by the latency table; None without one.
 
     ``predicted_ms`` is the time of the compiled kernels or, where the table lacks some (``missing`` of them), of the
-    plan. ``fixed_ms`` is the part of it that no weight format changes.
+    plan. ``fixed_ms`` is the part of it that no weight format changes, ``average_ms`` what a step takes on average
+    where some reuse.
     """
     planned = program.facts.get(LATENCY)
     if latency is None or latency.table is None or planned is None:
@@ -177,7 +182,7 @@ def predicted_latency(latency: Latency | None, program: Program, facts: dict[str
     table = latency.table
     found = predict(table, [row["problem"] for row in facts["schedule"]])
     return {
-        "predicted_ms": planned["ms"] if found.missing else found.ms,
+        "predicted_ms": planned["whole_ms"] if found.missing else found.ms,
         "missing": len(found.missing),
         "fixed_ms": planned["fixed_ms"],
         "budget_ms": planned["budget_ms"],
@@ -185,4 +190,5 @@ def predicted_latency(latency: Latency | None, program: Program, facts: dict[str
         "threads": table.threads,
         "cpu": table.cpu,
         "table_sha256": table.sha256,
+        **({"average_ms": planned["ms"]} if REUSE in program.facts else {}),
     }

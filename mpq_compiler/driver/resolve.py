@@ -60,6 +60,8 @@ def resolve(options: Options) -> list[Pass]:
     elif options.lora_layers is not None:
         raise UserError("--lora-layers says which layers have a branch of --lora-rank: add that, or leave it out")
     recipe = _with_settings(recipe, lora_rank=options.lora_rank, lora_layers=options.lora_layers)
+    if options.reuse is not None:
+        recipe = _with_reuse(recipe, options)
     if not backend_of(row).capabilities(row).decodes:
         recipe = _with_packed(recipe)
     passes = recipe.passes()
@@ -118,6 +120,18 @@ def _with_pass(recipe: Recipe, added: type[Pass]) -> Recipe:
     passes = _passes_of(recipe)
     behind = max((i + 1 for i, step in enumerate(passes) if step.provides & added.requires), default=len(passes))
     return replace(recipe, pipeline=(*recipe.pipeline[:behind], added.name(), *recipe.pipeline[behind:]))
+
+
+def _with_reuse(recipe: Recipe, options: Options) -> Recipe:
+    """Adds the passes by which steps of a sampler reuse a part of the network.
+
+    UserError: there is no budget of time, or nothing chooses under it.
+    """
+    if options.latency is None:
+        raise UserError("--reuse says how many steps a budget of time is shared among: add --latency, or leave it out")
+    recipe = _with_pass(recipe, _taker(recipe, "reuse"))
+    recipe = _with_pass(recipe, next(step for step in registry.built_in() if "kept" in step.provides))
+    return _with_settings(recipe, reuse=options.reuse)
 
 
 def _require_choice(recipe: Recipe) -> Recipe:

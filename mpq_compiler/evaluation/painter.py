@@ -36,6 +36,8 @@ class Painter:
     conditioning: Conditioning
     unseen: int = 1
     """A seed of noise on which it was not calibrated."""
+    steps: int = 10
+    """The usual number of sampling steps: those for which an artifact decided what steps reuse."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ def from_artifact(path: str | Path, threads: int | None = None, key: Key | None 
         raise UserError(f"the artifact '{path}' does not say how it is sampled; run it with `mpqc run`")
     return Painter(
         name=manifest["name"],
-        call=lambda **inputs: compiled.run(inputs),
+        call=compiled.steps(),
         scheduler=Scheduler.from_config(about["scheduler"]),
         latent=about["latent"],
         shape=tuple(about["shape"]),
@@ -109,6 +111,7 @@ def from_artifact(path: str | Path, threads: int | None = None, key: Key | None 
             TextEncoder.load(about["text"], compiled.artifact.file(text_encoder.FILE)) if about.get("text") else None,
         ),
         unseen=manifest["calibration"]["seed"] + 1,
+        **({"steps": len(manifest["reuse"]["timesteps"])} if "reuse" in manifest else {}),
     )
 
 

@@ -71,7 +71,8 @@ NO_LOSSES: LossTable = {"weights": {}, "activations": {}}
 ALLOCATION = Fact[dict[str, Any]]("allocation")
 """The solution of `bit-allocation`, and its problem where a program was solved."""
 LATENCY = Fact[dict[str, float | None]]("latency")
-"""Milliseconds of a call of the planned program: ``ms``, ``fixed_ms`` of them, and ``budget_ms`` if there is one."""
+"""Milliseconds of a call of the planned program: ``ms``, on average of the steps where some reuse, ``whole_ms`` of one
+that computes all, ``fixed_ms`` of that, and ``budget_ms`` if there is one."""
 ATTENTION_NUMERICS = Fact[dict[str, str]]("numerics")
 """The numerics of attentions that are not computed in f32, by call node."""
 ASSUMPTIONS = Fact[tuple[dict[str, Any], ...]]("assumptions")

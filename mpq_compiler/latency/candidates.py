@@ -217,7 +217,8 @@ class Latency:
             track = tracked(self.progress, "candidate plans", len(plans))
             with track as advance:
                 for index, (name, kind) in enumerate(plans):
-                    made.append(self._compiled(self._packed(program, name, kind, dynamic), Path(scratch, str(index)), emit))
+                    packed = self._packed(program, name, kind, dynamic)
+                    made.append(self._compiled(packed, Path(scratch, str(index)), emit))
                     advance(1)
             yield made
 

@@ -31,6 +31,10 @@ class Times(Protocol):
         """The part of the time that no weight format changes."""
 
     @property
+    def nodes(self) -> Mapping[str, float]:
+        """What of that part each node of the program takes."""
+
+    @property
     def layers(self) -> Mapping[str, Mapping[str, float]]:
         """The times of layers, by the path of the parameter and by format."""
 

@@ -6,8 +6,8 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -37,6 +37,7 @@ from mpq_compiler.sampling.call_tree import (
     require_constants,
 )
 from mpq_compiler.sampling.convention import Convention
+from mpq_compiler.sampling.reuse import Functions, KeptSteps, Schedule
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import Notice, UserError, nearest
 from mpq_compiler.support.execution import require_threads
@@ -115,10 +116,18 @@ class Kind:
 
 
 def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
-    functions = {function["name"]: function for function in manifest["functions"]}
+    reuse = manifest.get("reuse", {})
+    others = {*reuse.get("keeping", ()), *reuse.get("reusing", ())}
+    functions = {function["name"]: function for function in manifest["functions"] if function["name"] not in others}
     calls = manifest["model"].get("calls", ())
     found = [Kind(c["text"], CallForm.from_json(c["form"]), [functions[n] for n in c["functions"]]) for c in calls]
-    return found or [Kind("", None, manifest["functions"])]
+    return found or [Kind("", None, [*functions.values()])]
+
+
+def _of_steps(manifest: Mapping[str, Any], what: str) -> Kind:
+    """The calls of steps that keep a value ("keeping"), or that reuse one ("reusing")."""
+    names = manifest["reuse"][what]
+    return Kind("", None, [function for function in manifest["functions"] if function["name"] in names])
 
 
 class Fitted(NamedTuple):
@@ -233,6 +242,8 @@ class CompiledDenoiser:
         """The report of the compilation, where this process compiled it (`compile` of a pipeline); else None."""
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
         """The types of torch devices that inputs may be on."""
+        self._drawing = threading.local()
+        """Has the ``steps`` of the sampler that draws in a block of `reusing`."""
         self._lock = threading.Lock()
         self._unforked = forks.lock()
         """Held during calls beside `_lock`: a thread may fork within its own call, and may begin no other there."""
@@ -429,7 +440,8 @@ class CompiledDenoiser:
             assert isinstance(self.executor, CudaMachine)
             result = self._run_there(tensors, fitted, self.executor, given is not None)
             return result.to(given.dtype) if given is not None and _is_half(given) else result
-        found: Value = self._run(fitted)
+        steps = getattr(self._drawing, "steps", None)
+        found: Value = self._run(fitted) if steps is None else steps(**fitted.arrays)
         if given is None:
             return found
         torch = _torch()
@@ -550,6 +562,37 @@ class CompiledDenoiser:
         if not 0 <= kind < len(self._kinds):
             raise UserError(f"there is no kind {kind} of calls: this artifact has {len(self._kinds)}, the first is 0")
         return self._run(self._fitted(inputs, self._kinds[kind]), out)
+
+    def steps(self) -> Callable[..., np.ndarray]:
+        """The denoiser as the steps of one sampler call it, by named arrays; each sampler has its own.
+
+        Where the artifact says that steps reuse a part of the network as it was (`mpqc compile --reuse`), it is kept
+        here from call to call (`sampling.reuse.KeptSteps`); else it is `run`.
+        """
+        reuse = self.manifest.get("reuse")
+        if reuse is None:
+            return lambda **inputs: self.run(inputs)
+        keeping, reusing = (_of_steps(self.manifest, what) for what in ("keeping", "reusing"))
+        functions = Functions(
+            whole=self.run,
+            keeping=lambda inputs: self._run(self._fitted(inputs, keeping)),
+            reusing=lambda inputs: self._run(self._fitted(inputs, reusing)),
+        )
+        shape = tuple(int(extent or 0) for extent in self._kinds[0].functions[0]["output"]["shape"][1:])
+        return KeptSteps(Schedule.from_json(reuse), functions, shape, tuple(reuse["shape"]), self.input_names[0])
+
+    @contextmanager
+    def reusing(self) -> Iterator[None]:
+        """Calls within the block, of this thread, are the steps of one sampler: ``with denoiser.reusing(): pipe(...)``.
+
+        A pipeline of diffusers calls its model without saying where a drawing begins; beyond such a block all of it is
+        computed in every call. Tensors on a GPU are computed whole.
+        """
+        before, self._drawing.steps = getattr(self._drawing, "steps", None), self.steps()
+        try:
+            yield
+        finally:
+            self._drawing.steps = before
 
     def _fitted(self, inputs: Mapping[str, Any], kind: Kind) -> Fitted:
         """The inputs as arrays, and the functions that take them. NoSuchCall: they are none of the kind's."""

@@ -272,7 +272,7 @@ class CompiledPipeline:
             conditioning = Conditioning.of_artifact(part.manifest)
             conditions = conditioning.from_arrays(given, "the pipeline's text")
             return loop.sample(
-                lambda **inputs: part.run(inputs),
+                part.steps(),
                 own if scheduler is None else exchanged(own, scheduler),
                 loop.gaussian(len(prompts), tuple(about["shape"]), seed) if noise is None else noise,
                 steps=steps,

@@ -55,7 +55,12 @@ SCORED = (
     f"bit-allocation{{objective=scores}},{BACK}"
 )
 """Formats by the scores of predictors that have hardly been trained."""
-PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED, SCORED, ROTATED)
+REUSED = (
+    f"{FRONT},sensitivity{{inputs=3,formats=int8}},step-reuse{{steps=4,images=1,cuts=1,stretches=1}},"
+    f"bit-allocation{{weights=9}},keep-values{{every=2,steps=4}},{BACK}"
+)
+"""Steps that keep a value for later ones, of which a budget of time decides nothing."""
+PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED, SCORED, ROTATED, REUSED)
 ACTIVATIONS = (
     f"{FRONT},sensitivity{{inputs=3,formats=int8,method=ablation}},"
     f"bit-allocation{{dynamic=true,attention=8}},{BACK}"

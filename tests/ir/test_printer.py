@@ -24,7 +24,9 @@ from tests.harness import programs, tiny
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PLAIN = programs.RESIDUAL.replace("int2+b", "int3")
-UNCHANGED = ("calibrate", "time-groups", "time-gains", "sensitivity", "predict-scores", "orthogonality")
+UNCHANGED = (
+    "calibrate", "time-groups", "time-gains", "sensitivity", "step-reuse", "predict-scores", "orthogonality",
+)  # fmt: skip
 SHOWN = {
     **{p.name(): ("unet2d", PLAIN) for p in parser.parse(PLAIN)},
     "residual-branch": ("unet2d", programs.RESIDUAL),

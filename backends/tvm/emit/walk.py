@@ -58,6 +58,7 @@ PLAIN: dict[Any, Plain] = {
     ops.fake_quantize_float: packed.fake_quantize_float,
     ops.dequantize_weight: packed.dequantize_weight,
     ops.dequantize_float8: packed.dequantize_float8,
+    ops.keep: movement.alias,
     ops.upsample_nearest2d: movement.upsample,
     aten.embedding.default: movement.embedding,
     aten.cat.default: movement.concatenate,

@@ -83,6 +83,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return y if weight is None else y * weight
 
 
+@op("keep")
+def keep(x: Tensor) -> Tensor:
+    """``x`` itself, which later steps of a sampler may take in place of computing it (`ir.reuse`)."""
+    return x
+
+
 @op("hadamard")
 def hadamard(x: Tensor, block: int) -> Tensor:
     """``H (s * x) / sqrt(block)`` of every ``block`` neighbouring channels of x [..., C]: an orthogonal rotation.

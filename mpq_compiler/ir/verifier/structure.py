@@ -104,6 +104,7 @@ _FLOAT_OPS = {
     ops.rms_norm,
     ops.attention,
     ops.hadamard,
+    ops.keep,
     ops.upsample_nearest2d,
     ops.for_each_sample,
     ops.prepend,

@@ -1,0 +1,211 @@
+"""Reuse between the steps of a sampler: which steps compute all, and which take a part of the network as it was.
+
+Deep parts of a denoiser change little from step to step (DeepCache, arXiv 2312.00858). An artifact that was compiled
+for so many steps has a `Schedule`; here is who keeps the values, for the runtime as for the compiler, which measures
+what reuse costs by the same code. Nothing imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mpq_compiler.support.errors import Notice
+
+Array = np.ndarray
+KEPT, WEIGHTS = "kept", "kept_weights"
+"""The inputs of a step that reuses: the kept values [B, `SLOTS`, ...], and what each counts for [B, `SLOTS`]."""
+SLOTS = 2
+"""The values that are kept at a time: of the last two steps that computed one."""
+STREAMS = 4
+"""The most sets of conditions whose values are kept at a time; guidance has two."""
+
+Source = tuple[int, float]
+"""A step, and what the value that it kept counts for."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What each step of a sampler computes."""
+
+    node: str
+    """The value that is kept."""
+    timesteps: tuple[float, ...]
+    """The timestep of each step, as the sampler was compiled for."""
+    sources: tuple[tuple[Source, ...], ...]
+    """Of each step what it sums in place of computing the value; a step with none computes all."""
+
+    @property
+    def kept(self) -> frozenset[int]:
+        """The steps whose value a later step reads."""
+        return frozenset(step for sources in self.sources for step, _ in sources)
+
+    @property
+    def reused(self) -> int:
+        """The number of steps that reuse."""
+        return sum(map(bool, self.sources))
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's entry, of which `from_json` makes an equal schedule."""
+        sources = [[list(source) for source in step] for step in self.sources]
+        return {"node": self.node, "timesteps": list(self.timesteps), "sources": sources}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Schedule:
+        """The schedule of a manifest's entry."""
+        sources = tuple(tuple((int(step), float(weight)) for step, weight in step_) for step_ in value["sources"])
+        return cls(value["node"], tuple(map(float, value["timesteps"])), sources)
+
+
+def sources_of(
+    whole: Sequence[bool], timesteps: Sequence[float], orders: Sequence[int]
+) -> tuple[tuple[Source, ...], ...]:
+    """The sources of each step.
+
+    Order 0 takes the last value, order 1 extrapolates the last two by the timestep: ``v1 + r (v1 - v0)`` with
+    ``r = (t - t1) / (t1 - t0)``. Before there are two, the last value is taken.
+
+    Args:
+        whole: whether a step computes all; the first does.
+        timesteps: of the steps.
+        orders: of each step that reuses, 0 or 1.
+    """
+    found: list[tuple[Source, ...]] = []
+    computed: list[int] = []
+    for step, all_ in enumerate(whole):
+        if all_ or not computed:
+            computed.append(step)
+            found.append(())
+            continue
+        last = computed[-1]
+        if orders[step] and len(computed) > 1:
+            before = computed[-2]
+            ratio = (timesteps[step] - timesteps[last]) / (timesteps[last] - timesteps[before])
+            ratio = float(np.float32(ratio))
+            found.append(((last, float(np.float32(1 + ratio))), (before, -ratio)))
+        else:
+            found.append(((last, 1.0),))
+    return tuple(found)
+
+
+@dataclass
+class Functions:
+    """The three functions of a denoiser that can reuse; a batch is in and out."""
+
+    whole: Callable[[Mapping[str, Array]], Array]
+    """Computes all."""
+    keeping: Callable[[Mapping[str, Array]], Array]
+    """Computes all: [B, n], the output of each sample and behind it the kept value, both flat."""
+    reusing: Callable[[Mapping[str, Array]], Array]
+    """Computes what is left, from inputs with `KEPT` and `WEIGHTS`."""
+
+
+@dataclass
+class _Stream:
+    """What is kept of the calls with one set of conditions."""
+
+    last: int = -1
+    """The step of the last call."""
+    batch: int = 0
+    values: dict[int, Array] = field(default_factory=dict)
+    """The kept value of each step, [B, ...]; the last `SLOTS`."""
+
+
+class KeptSteps:
+    """A denoiser as one sampler calls it, step after step, with the values that its steps keep.
+
+    Calls are told apart by their conditions, as guidance makes two in a step. Whatever is not as the schedule says is
+    computed whole: timesteps of another sampler, samples of a batch at different ones, steps out of order, a batch of
+    another size. Samplers that draw at the same time have one of these each.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        functions: Functions,
+        output: tuple[int, ...],
+        kept: tuple[int, ...],
+        latent: str,
+    ) -> None:
+        """Begins with nothing kept.
+
+        Args:
+            schedule: what each step computes.
+            functions: the denoiser's.
+            output: the shape of the output of a sample.
+            kept: the shape of its kept value.
+            latent: the name of the input that changes with every step.
+        """
+        self.schedule, self.functions = schedule, functions
+        self._output, self._kept, self._latent = output, kept, latent
+        self._steps = {time: step for step, time in enumerate(schedule.timesteps)}
+        self._streams: dict[bytes, _Stream] = {}
+        self.reused = 0
+        """The number of calls that reused a value."""
+        self._warned = False
+
+    def __call__(self, **inputs: Array) -> Array:
+        """Predicts as the denoiser does; the arrays have the batch first."""
+        times = np.unique(np.asarray(inputs["timestep"], np.float64))
+        step = self._steps.get(float(times[0])) if len(times) == 1 else None
+        if step is None:
+            self._warn(times)
+            return self.functions.whole(inputs)
+        batch = len(inputs[self._latent])
+        stream = self._stream(conditions_key(inputs, self._latent))
+        if step != stream.last + 1 or batch != stream.batch:
+            stream.values.clear()
+        stream.last, stream.batch = step, batch
+        sources = self.schedule.sources[step]
+        if sources and all(source in stream.values for source, _ in sources):
+            return self._reused(stream, sources, inputs)
+        if step not in self.schedule.kept:
+            return self.functions.whole(inputs)
+        found = self.functions.keeping(inputs)
+        split = math.prod(self._output)
+        if len(stream.values) == SLOTS:
+            del stream.values[min(stream.values)]
+        stream.values[step] = found[:, split:].reshape(batch, *self._kept)
+        return found[:, :split].reshape(batch, *self._output)
+
+    def _stream(self, key: bytes) -> _Stream:
+        found = self._streams.pop(key, None) or _Stream()
+        self._streams[key] = found  # the latest used is the last
+        if len(self._streams) > STREAMS:
+            del self._streams[next(iter(self._streams))]
+        return found
+
+    def _reused(self, stream: _Stream, sources: Sequence[Source], inputs: Mapping[str, Array]) -> Array:
+        self.reused += 1
+        read = [*sources, *[(sources[0][0], 0.0)] * (SLOTS - len(sources))]
+        kept = np.stack([stream.values[step] for step, _ in read], axis=1)
+        weights = np.tile(np.array([weight for _, weight in read], np.float32), (stream.batch, 1))
+        return self.functions.reusing({**inputs, KEPT: kept, WEIGHTS: weights})
+
+    def _warn(self, times: Array) -> None:
+        if not self._warned:
+            self._warned = True
+            steps = len(self.schedule.timesteps)
+            warnings.warn(
+                f"a call at timestep {times[0]:g} is none of the {steps} steps for which it was decided what may be "
+                f"reused: such calls are computed whole; draw in {steps} steps of the sampler that it was compiled for",
+                Notice,
+                stacklevel=4,
+            )
+
+
+def conditions_key(inputs: Mapping[str, Array], latent: str) -> bytes:
+    """A digest of the inputs of a call that stay the same from step to step."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(inputs.keys() - {latent, "timestep"}):
+        digest.update(name.encode())
+        value = inputs[name]
+        place = getattr(value, "index", None)  # where a recorded array lies, whose values are not known yet
+        digest.update(np.ascontiguousarray(value if place is None else place).tobytes())
+    return digest.digest()

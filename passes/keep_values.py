@@ -1,0 +1,97 @@
+"""Marks the value that steps of a sampler keep for later ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mpq_compiler.analysis.noise_power import rounded
+from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES, Drawing, MarkedDrawing, relative_error
+from mpq_compiler.ir import provenance
+from mpq_compiler.ir.findings import ALLOCATION
+from mpq_compiler.ir.program import Program, TensorStore
+from mpq_compiler.ir.reuse import LEAST, REUSE, cuts, mark
+from mpq_compiler.pipeline.passes import Contract, Pass, Role
+from mpq_compiler.pipeline.realize import realize
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.sampling.reuse import Schedule, sources_of
+from mpq_compiler.support.errors import UserError
+
+
+@dataclass(frozen=True)
+class KeepValues(Pass):
+    """Puts ``mpq::keep`` behind the value that `bit-allocation` decided to keep from step to step, if any.
+
+    It is the identity: a step that computes all is what it would be without. Of the packed program there are two more
+    then, of a step that puts the value out too and of one that takes it from earlier steps and computes what is left
+    (`ir.reuse`). What all of it loses is measured with the plan's bits, beside the sum of the losses that chose it.
+    With ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858), and nothing is measured.
+
+        %up_blocks_0_attentions_1_add = aten.add(%reshape_default_37, %up_blocks_0_resnets_1_add_1)
+      =>
+        %up_blocks_0_attentions_1_add_computed = aten.add(%reshape_default_37, %up_blocks_0_resnets_1_add_1)
+        %up_blocks_0_attentions_1_add = mpq::keep(%up_blocks_0_attentions_1_add_computed)
+    """
+
+    contract: ClassVar[Contract] = Contract.IDENTICAL
+    role: ClassVar[Role | None] = Role.REWRITES
+    requires: ClassVar[frozenset[str]] = frozenset({"plan"})
+    provides: ClassVar[frozenset[str]] = frozenset({"kept"})
+
+    every: int = 0
+    """Every so many steps one computes all, whatever was decided; 0: as decided."""
+    begin: float = 0.3
+    """The share of the steps before that, which all compute all; with ``every``."""
+    order: int = 1
+    """0 takes the last value, 1 extrapolates the last two; with ``every``."""
+    share: float = 1.0
+    """The most that a step leaves out, of the multiplications; with ``every``."""
+    steps: int = 20
+    """Sampling steps; with ``every``."""
+    images: int = 16
+    """Images that measure what all that was decided loses together."""
+
+    def __post_init__(self) -> None:
+        self.require("every", 0)
+        self.require("begin", 0, 1)
+        self.require("order", 0, 1)
+        self.require("share", 0, 1)
+        self.require("steps", 2)
+        self.require("images", 1)
+
+    def run(self, program: Program, session: Session) -> Program:
+        program = program.fork()
+        if self.every:
+            program.facts[REUSE] = self._by_hand(program, session)
+        if (chosen := program.facts.get(REUSE)) is None:
+            return program
+        losses, plan = program.facts.get(REUSE_LOSSES), program.facts.get(ALLOCATION, {}).get("reuse")
+        measured = None
+        if losses is not None and plan is not None and not self.every:
+            measured = rounded(self._loss(program, chosen, session) / losses.gain)
+            program.facts[ALLOCATION] |= {"reuse": plan | {"measured": measured}}
+        mark(program, chosen.node)
+        provenance.note(program, provenance.PROGRAM, self.name(), reuse=chosen.to_json(), measured=measured)
+        return program
+
+    def _loss(self, program: Program, schedule: Schedule, session: Session) -> float:
+        """The noise power of the plan's images by the schedule, beside those of steps that compute all."""
+        marked = realize(program.fork(tensors=TensorStore(program.tensors)), session)
+        mark(marked, schedule.node)
+        drawing = Drawing(session, len(schedule.timesteps), self.images)
+        drawn = MarkedDrawing(drawing, marked, schedule.kept)
+        return relative_error(drawn.by(schedule), drawn.whole)
+
+    def _by_hand(self, program: Program, session: Session) -> Schedule:
+        """The schedule of the options. UserError: no value stands for a part of the network worth keeping."""
+        found = next(iter(cuts(program, 1, self.share)), None)
+        if found is None:
+            raise UserError(
+                f"keep-values{{every}} finds no value that stands for {LEAST:.0%} to {self.share:.0%} of the network: "
+                "leave the pass out"
+            )
+        assert session.denoiser is not None
+        timesteps = [float(t) for t in session.denoiser.scheduler.timesteps(self.steps)]
+        first = max(1, round(self.begin * self.steps))
+        whole = [step < first or (step - first) % self.every == 0 for step in range(self.steps)]
+        return Schedule(found.node, tuple(timesteps), sources_of(whole, timesteps, [self.order] * self.steps))

@@ -1,0 +1,182 @@
+"""Which steps reuse what, and what is kept from call to call."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+
+from mpq_compiler.sampling.reuse import KEPT, SLOTS, STREAMS, WEIGHTS, Functions, KeptSteps, Schedule, sources_of
+from mpq_compiler.support.errors import Notice
+
+TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
+SHAPE, KEPT_SHAPE = (2, 3), (4,)
+
+
+def schedule(*whole: bool, order: int = 1) -> Schedule:
+    return Schedule("inner", TIMES, sources_of(whole, TIMES, [order] * len(TIMES)))
+
+
+class Network:
+    """A network of two parts that counts its calls: the kept value follows from the inputs, the output from both."""
+
+    def __init__(self):
+        self.calls = []
+
+    def inner(self, inputs):
+        x = inputs["sample"].reshape(len(inputs["sample"]), -1)
+        label = np.asarray(inputs["label"])[:, None]
+        return (x[:, :4] * 3 + np.asarray(inputs["timestep"])[:, None] + 100 * label).astype(np.float32)
+
+    def outer(self, inputs, inner):
+        return inputs["sample"] + inner.sum(1)[:, None, None]
+
+    def whole(self, inputs):
+        self.calls.append("whole")
+        return self.outer(inputs, self.inner(inputs))
+
+    def keeping(self, inputs):
+        self.calls.append("keeping")
+        inner = self.inner(inputs)
+        return np.concatenate([self.outer(inputs, inner).reshape(len(inner), -1), inner], 1)
+
+    def reusing(self, inputs):
+        self.calls.append("reusing")
+        assert inputs[KEPT].shape == (len(inputs["sample"]), SLOTS, *KEPT_SHAPE)
+        inner = (inputs[KEPT] * inputs[WEIGHTS][:, :, None]).sum(1)
+        return self.outer(inputs, inner)
+
+    def steps(self, chosen: Schedule) -> KeptSteps:
+        return KeptSteps(chosen, Functions(self.whole, self.keeping, self.reusing), SHAPE, KEPT_SHAPE, "sample")
+
+
+def given(step: int, batch: int = 2, label: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
+    x = np.random.default_rng([seed, step]).standard_normal((batch, *SHAPE), np.float32)
+    return {"sample": x, "timestep": np.full(batch, TIMES[step]), "label": np.full(batch, label)}
+
+
+def test_sources_of_both_orders():
+    assert sources_of([True, True, False, True, False], TIMES, [0] * 5) == ((), (), ((1, 1.0),), (), ((3, 1.0),))
+    first, *_, last = sources_of([True, False, False, True, False], TIMES, [1] * 5)[1:]
+    assert first == ((0, 1.0),), "there is one value so far"
+    weights = dict(last)
+    assert weights.keys() == {3, 0} and sum(weights.values()) == pytest.approx(1)
+    assert weights[3] == pytest.approx(1 + 200 / 600), "t goes on as it did from step 0 to step 3"
+
+
+def test_a_line_is_extrapolated_as_it_goes_on():
+    """Order 1 is exact where the value is a line in the timestep."""
+    sources = sources_of([True, True, False, False, False], TIMES, [1] * 5)
+    for step in (2, 3, 4):
+        assert sum((5 - 2 * TIMES[s]) * w for s, w in sources[step]) == pytest.approx(5 - 2 * TIMES[step], rel=1e-5)
+
+
+def test_a_schedule_travels_as_json():
+    chosen = schedule(True, True, False, True, False)
+    assert Schedule.from_json(chosen.to_json()) == chosen
+    assert chosen.reused == 2 and chosen.kept == {0, 1, 3}
+
+
+def test_steps_compute_and_reuse_as_scheduled():
+    network, chosen = Network(), schedule(True, True, False, True, False)
+    steps = network.steps(chosen)
+    kept = {}
+    for step in range(5):
+        inputs = given(step)
+        found = steps(**inputs)
+        if chosen.sources[step]:
+            inner = sum(kept[source] * np.float32(weight) for source, weight in chosen.sources[step])
+            assert np.allclose(found, network.outer(inputs, inner), rtol=1e-6)
+        else:
+            kept[step] = network.inner(inputs)
+            assert np.array_equal(found, network.outer(inputs, kept[step]))
+    assert network.calls == ["keeping", "keeping", "reusing", "keeping", "reusing"] and steps.reused == 2
+
+
+def test_a_step_whose_value_nobody_reads_keeps_none():
+    network = Network()
+    steps = network.steps(schedule(True, True, True, True, False, order=0))
+    for step in range(5):
+        steps(**given(step))
+    assert network.calls == ["whole", "whole", "whole", "keeping", "reusing"]
+
+
+def test_guidance_keeps_the_values_of_both_conditions():
+    network, alone = Network(), Network()
+    chosen = schedule(True, False, True, False, False)
+    steps, apart = network.steps(chosen), {label: alone.steps(chosen) for label in (1, 7)}
+    for step in range(5):
+        for label in (1, 7):
+            inputs = given(step, label=label)
+            assert np.array_equal(steps(**inputs), apart[label](**inputs)), "the other condition's value was taken"
+
+
+@pytest.mark.parametrize(
+    ("order", "reused"), [([0, 2, 1, 3, 4], []), ([1, 2, 3, 4, 0], []), ([4, 3, 2, 1, 0], []), ([0, 1, 0, 2], [1])]
+)
+def test_steps_out_of_order_compute_all(order, reused):
+    network = Network()
+    steps = network.steps(schedule(True, False, False, False, False))
+    for step in order:
+        steps(**given(step))
+    assert [i for i, call in enumerate(network.calls) if call == "reusing"] == reused
+
+
+def test_a_drawing_that_begins_in_the_middle_computes_until_it_has_what_it_needs():
+    network = Network()
+    steps = network.steps(schedule(True, True, False, True, False))
+    for step in (2, 3, 4):
+        steps(**given(step))
+    assert "reusing" not in network.calls
+
+
+def test_the_next_drawing_begins_with_nothing():
+    network, fresh = Network(), Network()
+    steps, other = network.steps(schedule(True, False, False, True, False)), None
+    for seed in (1, 2):
+        other = fresh.steps(schedule(True, False, False, True, False))
+        for step in range(5):
+            inputs = given(step, seed=seed)
+            assert np.array_equal(steps(**inputs), other(**inputs))
+
+
+def test_a_batch_of_another_size_computes_all():
+    network = Network()
+    steps = network.steps(schedule(True, False, False, False, False))
+    steps(**given(0, batch=2))
+    steps(**given(1, batch=3))
+    assert network.calls == ["keeping", "whole"]
+
+
+def test_timesteps_of_another_sampler_compute_all_with_one_notice():
+    network = Network()
+    steps = network.steps(schedule(True, False, False, False, False))
+    steps(**given(0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        steps(**given(1) | {"timestep": np.full(2, 650.0)})
+        steps(**given(1) | {"timestep": np.array([700.0, 500.0])})  # samples at different ones
+    assert network.calls == ["keeping", "whole", "whole"]
+    assert [w.category for w in caught] == [Notice] and "none of the 5 steps" in str(caught[0].message)
+
+
+def test_two_samplers_at_once_keep_their_own():
+    network = Network()
+    chosen = schedule(True, False, True, False, False)
+    first, second = network.steps(chosen), network.steps(chosen)
+    alone = {seed: Network().steps(chosen) for seed in (1, 2)}
+    for step in range(5):
+        for steps, seed in ((first, 1), (second, 2)):
+            inputs = given(step, seed=seed)
+            assert np.array_equal(steps(**inputs), alone[seed](**inputs))
+
+
+def test_what_is_kept_is_bounded():
+    network = Network()
+    steps = network.steps(schedule(True, True, False, True, False))
+    for label in range(3 * STREAMS):
+        for step in range(5):
+            steps(**given(step, label=label))
+    assert len(steps._streams) <= STREAMS
+    assert all(len(stream.values) <= SLOTS for stream in steps._streams.values())
