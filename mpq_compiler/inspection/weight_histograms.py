@@ -10,7 +10,7 @@ import torch
 
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.contract import NO_LEVEL, WeightTables
-from mpq_compiler.ir.stored_tensors import restored
+from mpq_compiler.ir.stored_tensors import by_parameter
 
 if TYPE_CHECKING:
     from mpq_compiler.artifact.bundle import Artifact
@@ -29,14 +29,9 @@ def histograms(artifact: Artifact, segments: Mapping[str, Sequence[int]]) -> dic
         ``counts`` of the values in `BINS` equal bins, ``ends`` of the bins, and the ``levels`` of the row whose scale
         is the median.
     """
-    arrays = artifact.tensors()
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for entry in artifact.manifest["tensors"]:
-        path, _, part = entry["name"].partition(":")
-        if path in segments:
-            parts.setdefault(path, {})[part.partition(".")[0]] = restored(entry, arrays)
     found = {}
-    for path, own in parts.items():
+    entries = [entry for entry in artifact.manifest["tensors"] if entry["name"].partition(":")[0] in segments]
+    for path, own in by_parameter(entries, artifact.tensors()).items():
         if "codes" not in own or "scale" not in own:
             continue
         tables = WeightTables(own["scale"], own.get("offset"), own.get("lut"), own.get("row_class"), segments[path])
