@@ -128,7 +128,7 @@ def _decoded(
     shape = (*_channels_last(of)[:-1], channels)
     segments, offset, exponent = chosen.segments(channels), tensors.get("offset"), None
     if isinstance(chosen, Float8Format):
-        rows, exponent = _nearest_float8(tensors, chosen.exponents, basis.rewritten(_last(of)).flatten(1))
+        rows, exponent = _nearest_float8(tensors, chosen.exponents, rewritten(of, basis))
     else:
         tables = (tensors["scale"], offset, tensors.get("lut"), tensors.get("row_class"))
         rows = contract.dequantize_weight(codes, *tables, codes.shape, segments)
@@ -145,8 +145,9 @@ def _decoded(
     return Original(_undone(rows.reshape(shape), basis, of), name, bits, grid=grid)
 
 
-def _last(of: Tensor) -> Tensor:
-    return of.movedim(1, -1) if of.dim() > 2 else of
+def rewritten(of: Tensor, basis: Basis) -> Tensor:
+    """The rows [O, K] that a weight of the model was quantized from, channels last and as passes rewrote them."""
+    return basis.rewritten(of.movedim(1, -1) if of.dim() > 2 else of).flatten(1)
 
 
 def _nearest_float8(
