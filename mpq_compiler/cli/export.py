@@ -23,17 +23,17 @@ def add(commands: Commands) -> None:
         "--format",
         metavar="FORMAT",
         default="gguf",
-        help=f"{' or '.join(FORMATS)}: stable-diffusion.cpp, diffusers and ComfyUI-GGUF load the first (the default), "
-        "ComfyUI the second",
+        help=f"{', '.join(FORMATS)}: stable-diffusion.cpp, diffusers and ComfyUI-GGUF load the first (the default), "
+        "ComfyUI the second, SD.Next and diffusers the third",
     )
-    parser.add_argument("-o", "--output", metavar="FILE", required=True)
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    parser.add_argument("-o", "--output", metavar="FILE|DIR", required=True, help="the new file; of sdnq a folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists, or a folder of sdnq")
     add_key(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
-    """Write the file, print what became of each quantized layer, and return that."""
-    output.require_new(args.output, args.overwrite)
+    """Write the file or folder, print what became of each quantized layer, and return that."""
+    output.require_new(args.output, args.overwrite, folder=args.format == "sdnq")
     from mpq_compiler.interchange.export import export
 
     made = export(args.artifact, args.output, args.model, args.format, overwrite=args.overwrite, key=args.key)

@@ -43,8 +43,16 @@ def add(commands: options.Commands) -> None:
     what.add_argument("--model-explorer", metavar="DIR", help="a graph of each stage, and overlays, for Model Explorer")
     parser.add_argument("--layers", action="store_true", help="layer by layer: bits, bytes, loss")
     options.add_order(parser, "--layers", COLUMNS)
-    parser.add_argument("--bench", metavar="FILE", help="of `mpqc bench --kernels --json`: milliseconds and roofline")
-    parser.add_argument("--compare", metavar="MODEL", help="with --html: draw with the artifact and its float model")
+    parser.add_argument(
+        "--bench",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="of `mpqc bench --kernels --json`: milliseconds and roofline; a second --bench is of OTHER",
+    )
+    parser.add_argument(
+        "--compare", metavar="MODEL", help="with --html: draw with the artifact and its float model, and both weights"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
 
 
@@ -61,12 +69,15 @@ def run(args: argparse.Namespace) -> Any:
             return inspect(path, *asked)
     from mpq_compiler.inspection import explorer
 
+    paths = [path, *([Path(args.other)] if args.other else [])]
+    benches: list[str | None] = [*args.bench, *[None] * (len(paths) - len(args.bench))]
+    if len(benches) > len(paths):
+        raise UserError(f"--bench is given {len(benches)} times for {len(paths)} DUMPS|ARTIFACT; give one for each")
     if args.model_explorer:
-        return _model_explorer(path, Path(args.model_explorer), args.bench, args.overwrite)
+        return _model_explorer(path, Path(args.model_explorer), benches[0], args.overwrite)
     page = Path(args.html)
     output.require_new(page, args.overwrite)
-    paths = [path, *([Path(args.other)] if args.other else [])]
-    gathered = [_gathered(each, None if index else args.bench) for index, each in enumerate(paths)]
+    gathered = [_gathered(each, bench, args.compare) for each, bench in zip(paths, benches, strict=True)]
     for each, found in zip(paths, gathered, strict=True):
         if args.compare and _is_artifact(each):
             from mpq_compiler.evaluation import side_by_side
@@ -181,7 +192,7 @@ def _worth(found: Pipeline, name: str) -> dict[str, object]:
     return {"part": name, **share, "shares": shared}
 
 
-def _gathered(path: Path, bench: str | None) -> Json:
+def _gathered(path: Path, bench: str | None, model: str | None = None) -> Json:
     """What an explorer shows of dumps or an artifact (`explorer.gather`)."""
     from mpq_compiler.artifact.pipeline import is_pipeline
     from mpq_compiler.inspection import explorer
@@ -189,7 +200,7 @@ def _gathered(path: Path, bench: str | None) -> Json:
     if is_pipeline(path):
         raise UserError(f"'{path}' is a pipeline: name one of its parts, such as {path}/unet")
     with _unverified(path):
-        return explorer.gather(path, _read_dumps(path), _timed(Path(bench)) if bench else None)
+        return explorer.gather(path, _read_dumps(path), _timed(Path(bench)) if bench else None, model)
 
 
 def _model_explorer(path: Path, folder: Path, bench: str | None, overwrite: bool) -> dict[str, str]:

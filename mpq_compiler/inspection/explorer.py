@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_compiler.artifact import bundle
+from mpq_compiler.frontend import checkpoint
 from mpq_compiler.inspection import explain, score_report, stage_graph
 from mpq_compiler.inspection.weight_histograms import histograms
 from mpq_compiler.support import terminal
@@ -32,13 +33,14 @@ Json = dict[str, Any]
 """A JSON object."""
 
 
-def gather(path: Path, dumps: Sequence[Dump] = (), bench: Json | None = None) -> Json:
+def gather(path: Path, dumps: Sequence[Dump] = (), bench: Json | None = None, model: str | None = None) -> Json:
     """Gathers what a page or another explorer shows of dumps or an artifact.
 
     Args:
         path: the folder of the dumps, or the artifact.
         dumps: the dumps, in the order of the passes; none of an artifact.
         bench: the result of ``mpqc bench ARTIFACT --kernels --json``, for milliseconds and the roofline.
+        model: the model that was compiled, for histograms of its weights beside an artifact's.
 
     Returns:
         ``source``, ``model`` and ``told`` of the whole; ``stages`` with their calls; ``layers``; ``prices`` of the
@@ -46,13 +48,13 @@ def gather(path: Path, dumps: Sequence[Dump] = (), bench: Json | None = None) ->
         sentences that stand where a part is not there.
 
     Raises:
-        UserError: the decisions or a stage cannot be read.
+        UserError: the decisions or a stage cannot be read; the artifact was made of another model.
     """
     document = explain.load(path)
     moved, reason = explain.moved_budgets(document)
     explained = [explain.why(document, name, dumps, (moved, reason)) for name in document["layers"]]
     kernels = [] if bench is None else bench["kernels"] or []
-    drawn = {} if dumps else _histograms(path, document)
+    drawn = {} if dumps else _histograms(path, document, model)
     whole = document["program"].values()
     boundaries: Sequence[float] = next((said["boundaries"] for said in whole if "boundaries" in said), [])
     return {
@@ -73,6 +75,7 @@ def gather(path: Path, dumps: Sequence[Dump] = (), bench: Json | None = None) ->
             "passes": "an artifact has no noise of passes: mpqc compile --dumps DIR, then inspect DIR",
             "prices": reason or "the allocation had no budget",
             "histogram": "dumps hold no weights: mpqc inspect ARTIFACT --html draws the histogram of each",
+            "float": "mpqc inspect ARTIFACT --html FILE --compare MODEL draws the float weight beside it",
             "samples": "nothing was drawn: mpqc inspect ARTIFACT --html FILE --compare MODEL draws with both",
             "formats": "no losses were measured: mpqc compile --weights BITS measures and allocates",
         },
@@ -119,15 +122,16 @@ def _layer(layer: Json, kernels: Sequence[Json]) -> Json:
     }
 
 
-def _histograms(path: Path, document: Decisions) -> Json:
+def _histograms(path: Path, document: Decisions, model: str | None) -> Json:
     """The histograms of an artifact's weights on integer codes; those of FP8 have no table of levels."""
+    weights = None if model is None else checkpoint.read_weights(checkpoint.locate(model).denoiser)
     segments = {
         layer: said["segments"]
         for layer, passes in document["layers"].items()
         for said in passes.values()
         if "segments" in said and "float8" not in said["operator"]
     }
-    return histograms(bundle.read(path), segments)
+    return histograms(bundle.read(path), segments, weights)
 
 
 def _price(budget: explain.Moved, document: Decisions) -> Json:

@@ -1,4 +1,4 @@
-"""Writes an artifact's weights to the files that other projects load: one file a container."""
+"""Writes an artifact's weights to the files that other projects load: one module a container."""
 
-FORMATS = ("gguf", "comfy")
+FORMATS = ("gguf", "comfy", "sdnq")
 """The containers."""

@@ -12,7 +12,7 @@ import torch
 from mpq_compiler.artifact import bundle
 from mpq_compiler.artifact.signature import Trust
 from mpq_compiler.frontend import checkpoint
-from mpq_compiler.interchange import FORMATS, comfy, names, original
+from mpq_compiler.interchange import FORMATS, comfy, names, original, sdnq
 from mpq_compiler.interchange.container import Layer, Written
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.files import beside, check_place, put
@@ -26,12 +26,12 @@ class Export:
     format: str
     layers: list[Written]
     notes: list[str]
-    """Sentences on what the file lacks of the artifact."""
+    """Sentences on what is lacking of the artifact."""
 
     @property
     def bytes(self) -> int:
-        """The size of the file."""
-        return self.path.stat().st_size
+        """The size of the file, or of the files of the folder."""
+        return sum(file.stat().st_size for file in (self.path.iterdir() if self.path.is_dir() else [self.path]))
 
     def to_json(self) -> dict[str, object]:
         """The export as schemas/export.json describes it."""
@@ -58,43 +58,47 @@ def export(
     overwrite: bool = False,
     key: Trust | None = None,
 ) -> Export:
-    """Writes the weights of an artifact to a file that another project loads as those of its float model.
+    """Writes the weights of an artifact to what another project loads as those of its float model.
 
     Args:
         artifact: a folder or zip.
-        output: the new file.
+        output: the new file; of ``sdnq`` the new folder.
         model: the model that was compiled: a folder, a bundled name, a hub id.
         format: one of `FORMATS`.
-        overwrite: whether a file may be replaced.
+        overwrite: whether a file, or the folder of another such export, may be replaced.
         key: the owner's public key, which the artifact has to be signed with.
 
     Raises:
-        UserError: there is no such format; the artifact was made of another model; the file cannot be written.
+        UserError: there is no such format; the artifact was made of another model; the output cannot be written.
     """
     if format not in FORMATS:
         raise UserError(f"there is no format '{format}'; formats are {', '.join(FORMATS)}")
     path = Path(output)
     check_place(path)
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise UserError(f"'{path}' exists; choose another name or overwrite it")
+    replaceable = sdnq.is_folder(path) if format == "sdnq" else path.is_file()
+    if path.exists() and not (overwrite and replaceable):
+        raise UserError(f"'{path}' exists; choose another name" + (" or overwrite it" if replaceable else ""))
     found = bundle.read(artifact, key)
     place = checkpoint.locate(model)
     weights = {name: value.float() for name, value in checkpoint.read_weights(place.denoiser).items()}
     config = checkpoint.read_json(place.denoiser / "config.json")
     layers = _layers(found, config, weights)
-    class_ = str(config.get("_class_name"))
-    called = names.original(class_, config, weights)
     notes = ["activations of the artifact's plan are not exported: the other project has its own"]
-    if called is None:
-        if format == "comfy":
-            raise UserError(
-                f"ComfyUI loads original checkpoints' names, and those of a {class_} are not known here: export to gguf"
-            )
+    class_ = str(config.get("_class_name"))
+    called = None if format == "sdnq" else names.original(class_, config, weights)
+    if called is None and format == "comfy":
+        raise UserError(
+            f"ComfyUI loads original checkpoints' names, and those of a {class_} are not known here: export to gguf or "
+            "sdnq"
+        )
+    if called is None and format == "gguf":
         notes.append(f"tensors have the names of diffusers' {class_}: those of its original are not known here")
     layers = {called[name] if called else name: layer for name, layer in layers.items()}
     with beside(path) as scratch:
         made = scratch / "made"
-        if format == "comfy":
+        if format == "sdnq":
+            rows = sdnq.write(made, layers, config)
+        elif format == "comfy":
             rows = comfy.write(made, layers)
         else:
             from mpq_compiler.interchange import gguf  # of an extra
@@ -123,8 +127,8 @@ def _layers(
     if not read or error > sum(float(weights[name].square().sum()) for name in read):
         raise original.of_another(artifact, "its weights are not the model's")
     layers = {}
-    for name, value in weights.items():
-        known = read.get(name, original.Original(value))
-        step = None if known.step is None else known.step.numpy()
-        layers[name] = Layer(name, known.value.contiguous().numpy(), known.format, known.bits, step, known.bytes)
+    for name, weight in weights.items():
+        known = read.get(name, original.Original(weight))
+        value = known.value.contiguous().numpy()
+        layers[name] = Layer(name, value, known.format, known.bits, known.grid, known.bytes)
     return layers

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ from mpq_compiler.artifact.bundle import REWRITES, Artifact
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.entropy import EntropyFormat
 from mpq_compiler.formats.floating import Float8Format
+from mpq_compiler.interchange.container import Grid
 from mpq_compiler.ir import stored_tensors
-from mpq_compiler.ir.graph import part_of
 from mpq_compiler.ir.rewrites import bases
 from mpq_compiler.ir.weight_basis import Basis
 from mpq_compiler.support.errors import UserError
@@ -37,8 +39,8 @@ class Original:
     """The bits that a code needs to be as fine; None for a float."""
     bytes: int = 0
     """The bytes of its stored tensors."""
-    step: Tensor | None = None
-    """The scales [O] where every value is a whole number of them; None where it is not."""
+    grid: Grid | None = None
+    """The grid that the values lie on; None where passes rewrote channels, or the value is a sum of parts."""
 
 
 def read(artifact: Artifact, model: Mapping[str, Tensor]) -> dict[str, Original]:
@@ -53,19 +55,16 @@ def read(artifact: Artifact, model: Mapping[str, Tensor]) -> dict[str, Original]
     """
     manifest = artifact.manifest
     arrays = artifact.tensors()
-    parts: dict[str, dict[str, Tensor]] = {}
-    sizes: dict[str, int] = {}
-    for entry in manifest["tensors"]:
-        path, part = entry["name"].partition(":")[0], part_of(entry["name"])
-        parts.setdefault(path, {})[part] = stored_tensors.restored(entry, arrays)
-        sizes[path] = sizes.get(path, 0) + arrays[entry["name"]].nbytes
+    sizes: Counter[str] = Counter()
+    for name, array in arrays.items():
+        sizes[name.partition(":")[0]] += array.nbytes
     entries = manifest.get("rewrites")
     if entries is None:
         raise UserError(f"{artifact.path} is older, and does not say how passes rewrote channels: compile it anew")
     steps = bases(entries, artifact.tensors(REWRITES)) if entries else {}
     planned = {row["name"]: row["weight"] for row in manifest["plan"]["layers"]}
     found: dict[str, Original] = {}
-    for path, tensors in parts.items():
+    for path, tensors in stored_tensors.by_parameter(manifest["tensors"], arrays).items():
         basis = steps.get(path, Basis(path))
         if basis.origin not in model:
             continue  # a constant or the scales of an activation
@@ -109,8 +108,12 @@ def _channels_last(of: Tensor) -> tuple[int, ...]:
 
 def _undone(value: Tensor, basis: Basis, of: Tensor) -> Tensor:
     """The value [O, ..., C] in the model's channels and shape."""
-    value = basis.undone(value, of.shape[1] if of.dim() > 1 else len(of))
-    return value.movedim(-1, 1).contiguous() if value.shape != of.shape or of.dim() > 2 else value
+    return _in_order(basis.undone(value, of.shape[1] if of.dim() > 1 else len(of)), of)
+
+
+def _in_order(value: Tensor, of: Tensor) -> Tensor:
+    """A value [..., C] with its channels where the model has them."""
+    return value.movedim(-1, 1).contiguous() if of.dim() > 2 else value
 
 
 def _decoded(
@@ -123,27 +126,37 @@ def _decoded(
         raise of_another(artifact, f"its '{path}' is {list(codes.shape)}, the model's {list(of.shape)}")
     channels = codes.shape[1] // taps
     shape = (*_channels_last(of)[:-1], channels)
-    step: Tensor | None = None
+    segments, offset, exponent = chosen.segments(channels), tensors.get("offset"), None
     if isinstance(chosen, Float8Format):
-        rows = _nearest_float8(tensors, chosen.exponents, basis.rewritten(_last(of)).flatten(1))
+        rows, exponent = _nearest_float8(tensors, chosen.exponents, rewritten(of, basis))
     else:
-        segments = chosen.segments(channels)
-        tables = (tensors["scale"], tensors.get("offset"), tensors.get("lut"), tensors.get("row_class"))
+        tables = (tensors["scale"], offset, tensors.get("lut"), tensors.get("row_class"))
         rows = contract.dequantize_weight(codes, *tables, codes.shape, segments)
-        if "offset" not in tensors and len(segments) == 1 and not basis.steps:
-            step = tensors["scale"].float().flatten()
+    branch: tuple[np.ndarray, np.ndarray] | None = None
     if "up" in tensors:
-        rows, step = rows + tensors["up"].float() @ tensors["down"].float().flatten(1), None
+        up, down = tensors["up"], tensors["down"].flatten(1)
+        rows = rows + up.float() @ down.float()
+        branch = up.numpy(), _in_order(down.reshape(len(down), *shape[1:]), of).numpy()
+    grid: Grid | None = None
+    if not basis.steps:
+        scale = tensors["scale"].float().reshape(len(rows), -1).numpy()
+        grid = Grid(scale, segments, None if offset is None else offset.float().numpy(), exponent, branch)
     bits = math.ceil(chosen.bits) if isinstance(chosen, EntropyFormat) else chosen.index_bits
-    return Original(_undone(rows.reshape(shape), basis, of), name, bits, step=step)
+    return Original(_undone(rows.reshape(shape), basis, of), name, bits, grid=grid)
 
 
-def _last(of: Tensor) -> Tensor:
-    return of.movedim(1, -1) if of.dim() > 2 else of
+def rewritten(of: Tensor, basis: Basis) -> Tensor:
+    """The rows [O, K] that a weight of the model was quantized from, channels last and as passes rewrote them."""
+    return basis.rewritten(of.movedim(1, -1) if of.dim() > 2 else of).flatten(1)
 
 
-def _nearest_float8(tensors: Mapping[str, Tensor], exponents: Sequence[int], weight: Tensor) -> Tensor:
-    """Decodes 8-bit floats; of the encodings that a format chooses from, that which gives the model's weight."""
-    scale, codes = tensors["scale"].flatten(), tensors["codes"]
-    found = [contract.dequantize_float8(codes.view(torch.uint8), scale, codes.shape, e) for e in exponents]
-    return min(found, key=lambda rows: float((rows - weight).square().sum()))
+def _nearest_float8(
+    tensors: Mapping[str, Tensor], exponents: Sequence[int], weight: Tensor
+) -> tuple[Tensor, int]:
+    """Decodes 8-bit floats; of the encodings that a format chooses from, that which gives the model's weight.
+
+    Returns the rows and the bits of exponent.
+    """
+    scale, codes = tensors["scale"].flatten(), tensors["codes"].view(torch.uint8)
+    found = [(contract.dequantize_float8(codes, scale, codes.shape, e), e) for e in exponents]
+    return min(found, key=lambda decoded: float((decoded[0] - weight).square().sum()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,12 @@ import numpy as np
 import torch
 
 from mpq_compiler import formats
+from mpq_compiler.artifact import manifest
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.entropy import integers
 from mpq_compiler.formats.packing import pack_codes, pack_rows, packed_bytes, unpack_codes, unpack_rows
 from mpq_compiler.ir import costs, scratch, views
+from mpq_compiler.ir.graph import part_of
 from mpq_compiler.ir.program import Program
 from mpq_compiler.support import rans
 from mpq_compiler.support.errors import UserError
@@ -160,7 +162,7 @@ def _kept(array: np.ndarray) -> np.ndarray:
     return kept
 
 
-def restored(entry: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
+def restored(entry: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.Tensor:
     """Unpacks a tensor to the form of the program's store, given its manifest entry and the stored arrays by name."""
     array = arrays[entry["name"]]
     if entry.get("coding") == RANS:
@@ -177,3 +179,13 @@ def restored(entry: dict[str, Any], arrays: Mapping[str, np.ndarray]) -> torch.T
     elif "bits" in entry:
         array = unpack_codes(array, tuple(entry["original_shape"]), entry["bits"])
     return torch.from_numpy(np.array(array))
+
+
+def by_parameter(
+    entries: Iterable[manifest.Tensor], arrays: Mapping[str, np.ndarray]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Unpacks stored tensors, given their manifest entries: the tensors of each parameter, by `part_of` their names."""
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for entry in entries:
+        found.setdefault(entry["name"].partition(":")[0], {})[part_of(entry["name"])] = restored(entry, arrays)
+    return found

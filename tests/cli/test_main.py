@@ -207,12 +207,21 @@ def test_a_page_draws_weights_kernels_and_samples(folder: Path, model: Path, art
         opened.click("#tab-layers")
         layers = opened.evaluate("versions[0].layers.map(l => [l.name, l.weights, l.histogram, l.ms])")
         for name, weights, histogram, ms in layers:
-            assert sum(histogram["counts"]) == weights, name
+            assert sum(histogram["counts"]) == sum(histogram["float"]) == weights, name
             rows = [row["ms"] for row in timed["kernels"] if row["layer"] == f"{name}.weight"]
             assert ms == pytest.approx(sum(rows)) and rows
         opened.click(f"[data-layer='{layers[0][0]}']")
         assert opened.eval_on_selector_all("#why .bar", "all => all.length") == len(layers[0][2]["counts"])
         assert opened.eval_on_selector_all("#why .level", "all => all.length") == len(layers[0][2]["levels"])
+        line = opened.get_attribute("#why svg:has(.bar) polyline", "points")
+        assert line is not None and len(line.split()) == 2 + 2 * len(layers[0][2]["float"])
+        assert "line: in the float model" in opened.inner_text("#why")
+    both = folder / "both.html"
+    command(folder, "inspect", artifact, artifact, "--html", both, "--bench", bench, "--bench", bench)
+    with browser.opened(both) as opened:
+        opened.wait_for_selector("html[data-opened]", state="attached", timeout=60_000)
+        opened.click("#tab-kernels")
+        assert len(opened.query_selector_all("#view-kernels svg")) == 2
 
 
 def test_bench_times_every_kernel_call(folder: Path, artifact: Path) -> None:

@@ -227,11 +227,59 @@ def test_two_compilations_side_by_side(gathered, tmp_path):
         for name, *_, format_, size, _ in rows(page, "#layers"):
             assert (format_, size) == (second[name]["format"], f"{second[name]['bytes']:,}")
         page.click("#tab-diff")
-        assert "changed" in page.inner_text("#changes") and page.query_selector("#diff td")
+        page.wait_for_selector("#diff td")
+        assert "changed" in page.inner_text("#changes")
         page.click("#tab-graph")
         page.select_option("#stage", "1 0")
         page.wait_for_function("state.version === 1")
         assert page.evaluate(COLOURS)
+
+
+def test_every_view_shows_both_compilations(gathered, tmp_path):
+    folder = clean("pixart", INT4)[0]
+    slow = {**BENCH, "cpu": "another CPU", "kernels": [kernel(LAYER, "x", 2.0, 10_000)]}
+    second = {**explorer.gather(folder, read_dumps(folder), slow), "scores": {"unit": "<svg><text>scored</text></svg>"}}
+    both = tmp_path / "both.html"
+    both.write_text(explorer.page([gathered, second]), encoding="utf-8")
+    assert second["layers"][0]["choices"] == [] != gathered["layers"][0]["choices"]  # one format for all: no losses
+    with opened(both) as page:
+        ready(page)
+        headings = {}
+        for tab in ("formats", "ranges", "kernels", "scores"):
+            page.click(f"#tab-{tab}")
+            headings[tab] = page.eval_on_selector_all(f"#view-{tab} h2", "all => all.map(h => h.textContent)")
+            sources = page.eval_on_selector_all(f"#view-{tab} h2.source", "all => all.map(h => h.textContent)")
+            assert sources == [gathered["source"], second["source"]]
+        assert len(rows(page, "#view-formats .heat")) == len(gathered["layers"])
+        assert second["missing"]["formats"] in page.text_content("#view-formats")
+        assert len(rows(page, "#view-ranges .heat")) == len(gathered["layers"]) + len(second["layers"])
+        assert [h for h in headings["kernels"] if "roofs" in h] == [
+            f"kernels under the roofs of {cpu}" for cpu in ("a CPU", "another CPU")
+        ]
+        read = "all => all.map(c => [c.textContent, c.getAttribute('cy')])"
+        dots = page.eval_on_selector_all("#view-kernels circle", read)
+        assert [said.partition(":")[0] for said, _ in dots] == [LAYER, "pos_embed", LAYER]
+        assert float(dots[0][1]) < float(dots[2][1])  # the slower one is lower: both have the same axes
+        assert "nothing was scored" in page.text_content("#view-scores")
+        assert page.text_content("#view-scores svg") == "scored"
+
+
+def test_losses_of_two_compilations_have_one_scale(gathered, tmp_path):
+    """Equal losses have equal colours, though each compilation has losses of its own range."""
+    first = gathered["layers"][0]
+    more = [{**choice, "loss": 100 * choice["loss"]} for choice in first["choices"]]
+    second = {**gathered, "source": "other", "layers": [first, {**first, "name": "worse", "choices": more}]}
+    both = tmp_path / "both.html"
+    both.write_text(explorer.page([gathered, second]), encoding="utf-8")
+    with opened(both) as page:
+        ready(page)
+        page.click("#tab-formats")
+        seen = page.eval_on_selector_all(
+            "#view-formats tbody tr", "all => all.map(r => [r.cells[0].textContent, r.cells[1].style.backgroundColor])"
+        )
+        mine = [colour for name, colour in seen if name == first["name"]]
+        assert len(mine) == 2 and mine[0] == mine[1]
+        assert lightness(dict(seen)["worse"]) > lightness(mine[0])
 
 
 def test_thousands_of_calls_open_in_two_seconds(gathered, tmp_path):
@@ -297,3 +345,5 @@ def test_what_goes_with_the_page_only_is_refused(tmp_path, capsys):
     assert mpqc.main(asked) == 1 and "cannot be read" in " ".join(capsys.readouterr().err.split())
     file.write_text("{}")
     assert mpqc.main(asked) == 1 and "is no result of mpqc bench" in " ".join(capsys.readouterr().err.split())
+    assert mpqc.main([*asked, "--bench", str(file)]) == 1
+    assert "given 2 times for 1 DUMPS|ARTIFACT; give one for each" in " ".join(capsys.readouterr().err.split())

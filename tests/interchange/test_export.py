@@ -21,6 +21,7 @@ from mpq_compiler.interchange.export import export
 from mpq_compiler.interchange.original import read
 from mpq_compiler.support.errors import UserError
 from tests.harness import tiny
+from tests.harness.sdnq import sdnq
 
 HEAD = "trace,layout,split-shortcut,equalize{rule=smoothquant},rotate{rule=everywhere},calibrate,time-groups"
 TAIL = "insert-fake-quant,low-rank,round-weights,fold-fake-quant,fuse-epilogues"
@@ -162,6 +163,38 @@ def test_comfy_kitchen_computes_what_the_artifact_holds(compiled, folder, tmp_pa
         assert sqnr(wanted, torch.nn.functional.linear(x, weight)) > 35  # their activations have 8 bits
 
 
+@pytest.mark.parametrize(
+    ("uniform", "rewritten", "type_", "least"),
+    [
+        ("int8", True, "int8", 30),
+        ("int8", False, "int8", 30),
+        ("int4", False, "uint4", 5),
+        ("int4+r4", False, "uint4", 5),
+        ("fp8", False, "float8_e2m5fn", 30),
+    ],
+)
+def test_sdnq_computes_what_the_artifact_holds(compiled, folder, tmp_path, uniform, rewritten, type_, least):
+    """Diffusers loads the folder with SDNQ; grids are the same to the bit, branches and convolutions among them."""
+    sdnq()
+    made = export(compiled(uniform, rewritten), tmp_path / "unet", folder, "sdnq")
+    theirs = UNet2DConditionModel.from_pretrained(made.path, torch_dtype=torch.float32)
+    quantized = [w for w in made.layers if w.layer.bits]
+    assert {w.type for w in quantized} == {type_}
+    assert {w.sqnr_db == float("inf") for w in quantized} == {not rewritten}
+    model = UNet2DConditionModel.from_pretrained(folder / "unet")
+    inputs = tiny.inputs("sd15", 4, seed=5, **WIDE)
+    reference = outputs(model, inputs)
+    model.load_state_dict({w.layer.name: torch.from_numpy(np.array(w.layer.value)) for w in made.layers})
+    ours, found = outputs(model, inputs), outputs(theirs, inputs)
+    modules = [theirs.get_submodule(written.layer.name.removesuffix(".weight")) for written in quantized]
+    assert {module.svd_up is not None for module in modules} == {uniform == "int4+r4"}
+    if not rewritten:
+        for written, module in zip(quantized, modules, strict=True):
+            assert torch.equal(module.dequantize().weight, torch.from_numpy(np.array(written.layer.value)))
+    assert sqnr(reference, found) > least
+    assert sqnr(reference, found) > sqnr(reference, ours) - 3
+
+
 def made_config(folder):
     return checkpoint.read_json(folder / "unet" / "config.json")
 
@@ -178,7 +211,7 @@ def test_original_names_are_those_that_diffusers_reads(family):
 
 def test_bad_input(compiled, folder, tmp_path):
     artifact, file = compiled("int8", False), tmp_path / "unet.gguf"
-    with pytest.raises(UserError, match="there is no format 'onnx'; formats are gguf, comfy"):
+    with pytest.raises(UserError, match="there is no format 'onnx'; formats are gguf, comfy, sdnq"):
         export(artifact, file, folder, "onnx")
     other = tiny.save("sd15", tmp_path, seed=1, **WIDE)
     with pytest.raises(UserError, match="made of another model: its weights are not the model's"):
@@ -192,7 +225,14 @@ def test_bad_input(compiled, folder, tmp_path):
     file.write_text("mine")
     with pytest.raises(UserError, match="exists"):
         export(artifact, file, folder)
+    with pytest.raises(UserError, match=r"exists; choose another name$"):
+        export(artifact, file, folder, "sdnq", overwrite=True)
     assert file.read_text() == "mine"
+    with pytest.raises(UserError, match=r"exists; choose another name$"):  # a folder of others is not replaced
+        export(artifact, other, folder, "sdnq", overwrite=True)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        export(artifact, tmp_path / "out", tmp_path, "sdnq")
+    assert (other / "unet" / "config.json").is_file() and not (tmp_path / "out").exists()
 
 
 def test_an_artifact_that_does_not_say_what_passes_rewrote_is_refused(compiled, folder, tmp_path):
@@ -209,7 +249,7 @@ def test_comfy_takes_no_model_whose_original_names_nobody_knows(tmp_path):
     model, made = tiny.save("dit", tmp_path), tmp_path / "dit.mpq"
     options = {"target": "reference", "samples": 2, "steps": 3}
     mpq_compiler.compile(model, made, recipe="w8a8", **options)
-    with pytest.raises(UserError, match="those of a DiTTransformer2DModel are not known here: export to gguf"):
+    with pytest.raises(UserError, match="those of a DiTTransformer2DModel are not known here: export to gguf or sdnq"):
         export(made, tmp_path / "dit.safetensors", model, "comfy")
     assert not (tmp_path / "dit.safetensors").exists()
 
@@ -223,3 +263,21 @@ def test_command(compiled, folder, tmp_path, capsys):
     assert "exact" in capsys.readouterr().out
     assert mpqc.main(arguments) == 1
     assert "exists" in capsys.readouterr().err
+
+
+def test_command_writes_a_folder(compiled, folder, tmp_path, capsys):
+    output = tmp_path / "unet"
+    arguments = ["export", str(compiled("int8", False)), "--model", str(folder), "-o", str(output), "--format", "sdnq"]
+    assert mpqc.main([*arguments, "--json", str(tmp_path / "result.json")]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert schemas.check(result, "export") is None
+    files = {file.name: file.read_bytes() for file in output.iterdir()}
+    assert {*files} == {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert result["bytes"] == sum(len(content) for content in files.values())
+    quantized = [row for row in result["layers"] if row["weight"] == "int8"]
+    said = capsys.readouterr().out
+    assert {row["type"] for row in quantized} == {"int8"} and f"{len(quantized)} of {len(quantized)} exact" in said
+    assert mpqc.main(arguments) == 1
+    assert "exists" in capsys.readouterr().err
+    assert mpqc.main([*arguments, "--overwrite"]) == 0
+    assert {file.name: file.read_bytes() for file in output.iterdir()} == files

@@ -323,7 +323,7 @@ function detail(id) {
     const node = nodes[Number(id.slice(2))];
     box.replaceChildren(make("h2", {}, node.name), make("p", {}, make("code", {}, node.text)));
     if (node.sqnr !== null) box.append(make("p", {}, `SQNR here: ${decibels(node.sqnr)}`));
-    if (node.layer && layer(node.layer)) box.append(...explained(layer(node.layer)));
+    if (node.layer && layer(node.layer)) box.append(...explained(layer(node.layer), versions[state.version]));
     return;
   }
   const name = id.slice(2), members = nodes.filter((node) => key(node.block, name.split("/").length) === name);
@@ -338,7 +338,7 @@ function detail(id) {
 
 // --- a layer
 
-function explained(found) {
+function explained(found, version) {
   const parts = [make("h3", {}, `${found.name}: ${found.format}, activation ${found.activation}`),
     make("ul", {}, ...found.told.map((said) => make("li", {}, said)))];
   if (found.choices.length) {
@@ -348,9 +348,12 @@ function explained(found) {
         cells: [row.format, number(row.bytes), number(row.loss), number(row.ms), row.saves === null ? "" : number(1e3 * row.saves)] }))));
     if (found.price) parts.push(make("p", { class: "quiet" }, `a kilobyte is worth a loss of ${number(1e3 * found.price)} elsewhere`));
   }
-  if (found.histogram) parts.push(make("h3", {}, "the weight, and the levels of a row of it"), histogram(found.histogram));
-  else parts.push(make("p", { class: "quiet" }, versions[state.version].missing.histogram));
-  if (found.ranges) parts.push(make("h3", {}, "range of its input over time"), ranges(found));
+  if (found.histogram) {
+    parts.push(make("h3", {}, "the weight, and the levels of a row of it"), histogram(found.histogram),
+      make("p", { class: "quiet" }, "bars: as it is quantized; ticks: levels" + (found.histogram.float ? "; line: in the float model" : "")));
+    if (!version.layers.some((l) => l.histogram?.float)) parts.push(make("p", { class: "quiet" }, version.missing.float));
+  } else parts.push(make("p", { class: "quiet" }, version.missing.histogram));
+  if (found.ranges) parts.push(make("h3", {}, "range of its input over time"), ranges(found, version));
   const noises = found.noises.filter((row) => row.own_db !== null || row.sqnr_db !== null);
   if (noises.length) {
     parts.push(make("h3", {}, "noise after each pass"),
@@ -360,18 +363,19 @@ function explained(found) {
   return parts;
 }
 
-function histogram({ counts, ends, levels }) {
+function histogram({ counts, ends, levels, float }) {
   const [low, high] = ends, wide = (high - low) / counts.length;
-  const c = chart({ low, high, title: "value" }, { low: 0, high: Math.max(...counts), title: "weights" }, 380, 190);
+  const c = chart({ low, high, title: "value" }, { low: 0, high: Math.max(...counts, ...(float ?? [])), title: "weights" }, 380, 190);
   counts.forEach((count, i) => c.drawn.append(svg("rect", { class: "bar", x: c.across(low + i * wide), width: c.across(wide) - c.across(0),
     y: c.up(count), height: c.bottom - c.up(count), fill: SERIES[0] }, svg("title", {}, `${number(low + i * wide)}: ${count}`))));
+  if (float) c.line([[low, 0], ...float.flatMap((count, i) => [[low + i * wide, count], [low + (i + 1) * wide, count]]), [high, 0]], "currentColor");
   levels.forEach((level) => c.drawn.append(svg("line", { class: "level", x1: c.across(level), x2: c.across(level), y1: c.bottom - 9, y2: c.bottom,
     stroke: SERIES[1], "stroke-width": 2 }, svg("title", {}, `level ${number(level)}`))));
   return c.drawn;
 }
 
-function ranges(found) {
-  const cuts = versions[state.version].boundaries, known = found.ranges.filter((r) => r);
+function ranges(found, version) {
+  const cuts = version.boundaries, known = found.ranges.filter((r) => r);
   const last = Math.max(1000, ...cuts), edges = [0, ...cuts, last];
   const low = Math.min(0, ...known.map((r) => r[0])), high = Math.max(0, ...known.map((r) => r[1]));
   const c = chart({ low: 0, high: last, title: "timestep" }, { low, high, title: "value" }, 380, 190);
@@ -432,10 +436,8 @@ function showLayers() {
 }
 
 function showWhy() {
-  const versionsOfIt = versions.map((_, v) => layer(state.layer, v)).filter((l) => l);
-  $("why").replaceChildren(...versionsOfIt.flatMap((l, v) => [
-    ...(versions.length > 1 ? [make("h2", {}, versions[v].source)] : []), ...explained(l)]),
-  make("button", { onclick: () => lookUp(state.layer) }, "Show in the graph"));
+  $("why").replaceChildren(...ofEach((version, v) => (layer(state.layer, v) ? explained(layer(state.layer, v), version) : [])),
+    make("button", { onclick: () => lookUp(state.layer) }, "Show in the graph"));
 }
 
 function lookUp(name) {
@@ -446,11 +448,17 @@ function lookUp(name) {
 
 // --- the other views
 
-const absent = (box, name, fallback = "nothing is known of that here") => box.replaceChildren(
-  make("p", { class: "note" }, versions[0].missing[name] ?? fallback));
+const absent = (version, name, fallback = "nothing is known of that here") =>
+  [make("p", { class: "note" }, version.missing[name] ?? fallback)];
+
+// What is shown of every compilation, under its source where there are two.
+const ofEach = (show) => versions.flatMap((version, v) => {
+  const shownOfIt = show(version, v);
+  return shownOfIt.length && versions.length > 1 ? [make("h2", { class: "source" }, version.source), ...shownOfIt] : shownOfIt;
+});
 
 function heat(rows, columns, value, cell, options) {
-  const scaled = scale(rows.flatMap((row) => columns.map((column) => value(row, column))), options.log);
+  const scaled = scale(options.values ?? rows.flatMap((row) => columns.map((column) => value(row, column))), options.log);
   const box = make("span", { class: "scale" });
   legend(box, options.title, scaled);
   const made = make("table", { class: "heat" }, make("thead", {}, make("tr", {}, make("th", {}, "layer"), ...columns.map((c) => make("th", {}, options.head(c))))),
@@ -463,39 +471,42 @@ function heat(rows, columns, value, cell, options) {
 }
 
 function showFormats(box) {
-  const rows = versions[0].layers.filter((l) => l.choices.length);
-  if (!rows.length) return absent(box, "formats");
-  const sizes = new Map(); // formats in the order of the bits that they take
-  rows.forEach((l) => l.choices.forEach((c) => sizes.set(c.format, Math.min(sizes.get(c.format) ?? Infinity, c.bytes / (l.weights || 1)))));
-  const columns = [...sizes.keys()].sort((a, b) => sizes.get(a) - sizes.get(b));
-  const of = new Map(rows.map((l) => [l, new Map(l.choices.map((c) => [c.format, c]))]));
-  box.replaceChildren(make("h2", {}, "loss of each layer in each format"),
-    make("p", { class: "quiet" }, "Outlined: what the allocation took."),
-    ...heat(rows, columns, (l, c) => of.get(l).get(c)?.loss ?? null, (l, c, v) => {
-      const choice = of.get(l).get(c);
-      return { text: v === null ? "" : number(v, 2), class: choice?.chosen && "chosen",
-        title: choice && `${l.name} as ${c}: loss ${number(v)}, ${number(choice.bytes)} bytes` };
-    }, { log: true, title: "loss", head: (c) => c }));
+  const values = versions.flatMap((version) => version.layers.flatMap((l) => l.choices.map((c) => c.loss))); // one scale for both
+  box.replaceChildren(...ofEach((version) => {
+    const rows = version.layers.filter((l) => l.choices.length);
+    if (!rows.length) return absent(version, "formats");
+    const sizes = new Map(); // formats in the order of the bits that they take
+    rows.forEach((l) => l.choices.forEach((c) => sizes.set(c.format, Math.min(sizes.get(c.format) ?? Infinity, c.bytes / (l.weights || 1)))));
+    const columns = [...sizes.keys()].sort((a, b) => sizes.get(a) - sizes.get(b));
+    const of = new Map(rows.map((l) => [l, new Map(l.choices.map((c) => [c.format, c]))]));
+    return [make("h2", {}, "loss of each layer in each format"), make("p", { class: "quiet" }, "Outlined: what the allocation took."),
+      ...heat(rows, columns, (l, c) => of.get(l).get(c)?.loss ?? null, (l, c, v) => {
+        const choice = of.get(l).get(c);
+        return { text: v === null ? "" : number(v, 2), class: choice?.chosen && "chosen",
+          title: choice && `${l.name} as ${c}: loss ${number(v)}, ${number(choice.bytes)} bytes` };
+      }, { log: true, title: "loss", head: (c) => c, values })];
+  }));
 }
 
 function showRanges(box) {
-  const rows = versions[0].layers.filter((l) => l.ranges), cuts = versions[0].boundaries;
-  if (!rows.length) return absent(box, "ranges", "no ranges were calibrated: mpqc compile records them");
-  const groups = rows[0].ranges.map((_, g) => g), wide = (r) => (r ? r[1] - r[0] : null);
-  const edges = ["0", ...cuts.map((b) => number(b, 4)), ""];
-  box.replaceChildren(make("h2", {}, "range of each layer's input, by time group"),
-    make("p", { class: "quiet" }, "The width of a group's range over the widest of the layer's."),
-    ...heat(rows, groups, (l, g) => (wide(l.ranges[g]) === null ? null : wide(l.ranges[g]) / (Math.max(...l.ranges.map(wide)) || 1)),
-      (l, g, v) => ({ text: v === null ? "" : number(v, 2), title: l.ranges[g] && `${number(l.ranges[g][0])} .. ${number(l.ranges[g][1])}` }),
-      { log: false, title: "share of the widest", head: (g) => `t ${edges[g]} ${edges[g + 1] ? ".. " + edges[g + 1] : "and on"}` }));
+  box.replaceChildren(...ofEach((version) => {
+    const rows = version.layers.filter((l) => l.ranges), cuts = version.boundaries;
+    if (!rows.length) return absent(version, "ranges", "no ranges were calibrated: mpqc compile records them");
+    const groups = rows[0].ranges.map((_, g) => g), wide = (r) => (r ? r[1] - r[0] : null);
+    const edges = ["0", ...cuts.map((b) => number(b, 4)), ""];
+    return [make("h2", {}, "range of each layer's input, by time group"),
+      make("p", { class: "quiet" }, "The width of a group's range over the widest of the layer's."),
+      ...heat(rows, groups, (l, g) => (wide(l.ranges[g]) === null ? null : wide(l.ranges[g]) / (Math.max(...l.ranges.map(wide)) || 1)),
+        (l, g, v) => ({ text: v === null ? "" : number(v, 2), title: l.ranges[g] && `${number(l.ranges[g][0])} .. ${number(l.ranges[g][1])}` }),
+        { log: false, title: "share of the widest", head: (g) => `t ${edges[g]} ${edges[g + 1] ? ".. " + edges[g + 1] : "and on"}` })];
+  }));
 }
 
 function showPrices(box) {
-  const parts = versions.flatMap((version) => {
-    const own = versions.length > 1 ? [make("h2", {}, version.source)] : [];
-    if (!version.prices.length) return [...own, make("p", { class: "note" }, version.missing.prices)];
+  box.replaceChildren(...ofEach((version) => {
+    if (!version.prices.length) return absent(version, "prices");
     const units = { bytes: [1e3, "kilobyte"], latency: [1e3, "millisecond"] };
-    return [...own, ...version.prices.flatMap((budget) => {
+    return version.prices.flatMap((budget) => {
       const [many, unit] = units[budget.cost] ?? [1, `unit of ${budget.cost}`];
       const moved = (title, solved) => {
         if (!solved) return [make("h3", {}, title), make("p", {}, "cannot be met")];
@@ -508,14 +519,13 @@ function showPrices(box) {
         make("p", { class: "price" }, `a ${unit} is worth a loss of ${number(many * budget.price)}`),
         make("div", { class: "row" }, make("div", { class: "more" }, ...moved("the next 5 % would buy", budget.more)),
           make("div", { class: "less" }, ...moved("5 % less would cost", budget.less)))];
-    })];
-  });
-  box.replaceChildren(...parts);
+    });
+  }));
 }
 
 function showPasses(box) {
   const measured = versions.map((v) => v.stages.map((s, i) => [i, s]).filter(([, s]) => s.sqnr_db !== null));
-  if (!measured.some((m) => m.length)) return absent(box, "passes");
+  if (!measured.some((m) => m.length)) return box.replaceChildren(...absent(versions[0], "passes"));
   const all = measured.flat().map(([, s]) => s.sqnr_db);
   const c = chart({ low: 0, high: Math.max(...versions.map((v) => v.stages.length - 1)), title: "stage" },
     { low: Math.min(...all) - 1, high: Math.max(...all) + 1, title: "SQNR of the output, dB" }, 820, 260);
@@ -528,42 +538,49 @@ function showPasses(box) {
 }
 
 function showKernels(box) {
-  const { kernels, peak } = versions[0], rows = kernels.filter((k) => k.macs && k.bytes && k.ms);
-  if (!rows.length) return absent(box, "kernels");
-  const at = rows.map((k) => k.macs / k.bytes), speed = rows.map((k) => k.macs / k.ms / 1e6);
-  const roofs = [["8-bit integers", peak.gmacs], ["f32", peak.float_gmacs]].filter(([, top]) => top && peak.gbytes);
-  const knees = roofs.map(([, top]) => top / peak.gbytes);
-  const x = { low: Math.min(...at, ...knees) / 2, high: Math.max(...at, ...knees) * 2, log: true, title: "multiply-accumulates for each byte" };
-  const y = { low: Math.min(...speed) / 2, high: Math.max(...speed, ...roofs.map(([, t]) => t)) * 2, log: true, title: "GMAC/s" };
-  const c = chart(x, y, 900, 420), kinds = [...new Set(rows.map((k) => k.template))];
-  roofs.forEach(([name, top]) => {
-    const first = Math.max(x.low, y.low / peak.gbytes);
-    c.line([[first, first * peak.gbytes], [top / peak.gbytes, top], [x.high, top]], style("--ink"));
-    c.text(x.high, top, name);
-  });
-  rows.forEach((k, i) => c.dot(at[i], speed[i], SERIES[kinds.indexOf(k.template) % SERIES.length],
-    `${(k.layer ?? k.node).replace(/\.weight$/, "")}: ${number(k.ms)} ms, ${number(speed[i])} GMAC/s`));
-  const keys = kinds.map((kind, i) => make("span", {}, make("span", { style: `color:${SERIES[i % SERIES.length]}` }, "● "), kind));
-  const slow = [...kernels].sort((a, b) => b.ms - a.ms).slice(0, 40);
-  box.replaceChildren(make("h2", {}, `kernels under the roofs of ${peak.cpu}`), make("div", { class: "tools" }, ...keys), c.drawn,
-    make("h3", {}, "those that take longest"), table(make("table"), [["layer or call"], ["kind"], ["ms", 1], ["share", 1], ["GMAC/s", 1]],
-      slow.map((k) => [(k.layer ?? k.node).replace(/\.weight$/, ""), k.template, number(k.ms), (100 * k.share).toFixed(1) + " %", number(k.gmacs)])));
+  const known = versions.map(({ kernels }) => kernels.filter((k) => k.macs && k.bytes && k.ms)), every = known.flat();
+  const at = (k) => k.macs / k.bytes, speed = (k) => k.macs / k.ms / 1e6; // the axes and colours of all are the same
+  const roofs = versions.map(({ peak }) => (peak ? [["8-bit integers", peak.gmacs], ["f32", peak.float_gmacs]].filter(([, top]) => top && peak.gbytes) : []));
+  const knees = versions.flatMap(({ peak }, v) => roofs[v].map(([, top]) => top / peak.gbytes)), tops = roofs.flat().map(([, top]) => top);
+  const x = { low: Math.min(...every.map(at), ...knees) / 2, high: Math.max(...every.map(at), ...knees) * 2, log: true, title: "multiply-accumulates for each byte" };
+  const y = { low: Math.min(...every.map(speed)) / 2, high: Math.max(...every.map(speed), ...tops) * 2, log: true, title: "GMAC/s" };
+  const kinds = [...new Set(every.map((k) => k.template))], colour = (kind) => SERIES[kinds.indexOf(kind) % SERIES.length];
+  box.replaceChildren(...ofEach((version, v) => {
+    const { kernels, peak } = version;
+    if (!known[v].length) return absent(version, "kernels");
+    const c = chart(x, y, 900, 420);
+    roofs[v].forEach(([name, top]) => {
+      const first = Math.max(x.low, y.low / peak.gbytes);
+      c.line([[first, first * peak.gbytes], [top / peak.gbytes, top], [x.high, top]], "currentColor");
+      c.text(x.high, top, name);
+    });
+    known[v].forEach((k) => c.dot(at(k), speed(k), colour(k.template),
+      `${(k.layer ?? k.node).replace(/\.weight$/, "")}: ${number(k.ms)} ms, ${number(speed(k))} GMAC/s`));
+    const keys = kinds.map((kind) => make("span", {}, make("span", { style: `color:${colour(kind)}` }, "● "), kind));
+    const slow = [...kernels].sort((a, b) => b.ms - a.ms).slice(0, 40);
+    return [make("h2", {}, `kernels under the roofs of ${peak.cpu}`), make("div", { class: "tools" }, ...keys), c.drawn,
+      make("h3", {}, "those that take longest"), table(make("table"), [["layer or call"], ["kind"], ["ms", 1], ["share", 1], ["GMAC/s", 1]],
+        slow.map((k) => [(k.layer ?? k.node).replace(/\.weight$/, ""), k.template, number(k.ms), (100 * k.share).toFixed(1) + " %", number(k.gmacs)]))];
+  }));
 }
 
 function showSamples(box) {
-  const parts = versions.flatMap((v) => (v.samples ? [make("p", { class: "quiet" }, v.samples.told), make("div", { class: "row" },
-    ...["float", "compiled", "difference"].map((kind) => make("figure", {}, make("img", { src: v.samples[kind], alt: kind }), make("figcaption", {}, kind))))] : []));
-  if (!parts.length) return absent(box, "samples");
-  box.replaceChildren(make("h2", {}, "the same noise, drawn by the float model and by what was compiled"), ...parts);
+  const parts = ofEach(({ samples }) => (samples ? [make("p", { class: "quiet" }, samples.told), make("div", { class: "row" },
+    ...["float", "compiled", "difference"].map((kind) => make("figure", {}, make("img", { src: samples[kind], alt: kind }), make("figcaption", {}, kind))))] : []));
+  if (!parts.length) parts.push(...absent(versions[0], "samples"));
+  else parts.unshift(make("h2", {}, "the same noise, drawn by the float model and by what was compiled"));
+  box.replaceChildren(...parts);
 }
 
 function showScores(box) {
-  const charts = Object.entries(versions[0].scores);
-  if (!charts.length) return absent(box, "scores", "nothing was scored: mpqc compile --recipe qua2sedimo does");
-  box.replaceChildren(...charts.flatMap(([title, drawing]) => {
-    const made = make("div");
-    made.innerHTML = drawing; // SVG of the compiler's own, its names escaped
-    return [make("h2", {}, `scores and formats by ${title}`), made];
+  box.replaceChildren(...ofEach((version) => {
+    const charts = Object.entries(version.scores);
+    if (!charts.length) return absent(version, "scores", "nothing was scored: mpqc compile --recipe qua2sedimo does");
+    return charts.flatMap(([title, drawing]) => {
+      const made = make("div");
+      made.innerHTML = drawing; // SVG of the compiler's own, its names escaped
+      return [make("h2", {}, `scores and formats by ${title}`), made];
+    });
   }));
 }
 
