@@ -57,6 +57,10 @@ def problem_of(args: argparse.Namespace) -> Problem:
         latency, bops = parse_latency(args.latency), parse_bops(args.bops)
         terms = pose.Terms(args.objective == "paper-db")
         return Problem.from_json(pose.problem(table, limit, args.activations, bops, latency, terms))
+    problem = Problem.load(args.problem)  # says of what is neither what is wrong with it
     if args.weights or args.activations or args.bops or args.latency or args.objective:
-        raise UserError("budgets and objectives go with a sensitivity table; a problem has its own")
-    return Problem.load(args.problem)
+        raise UserError(
+            f"'{args.problem}' is an allocation problem, which has budgets of its own: leave those of the command line "
+            "out, or give a sensitivity table"
+        )
+    return problem

@@ -720,6 +720,9 @@ def test_malformed_allocation_problems(capsys: pytest.CaptureFixture[str], tmp_p
     ):
         problem.write_text(json.dumps({"version": 1, "layers": [layer], **change}))
         assert key in refused(capsys, "allocate", problem)
+        assert key in refused(capsys, "allocate", problem, "--weights", "3")  # what is wrong with the file, first
+    problem.write_text(json.dumps({"version": 1, "layers": [layer]}))
+    assert "has budgets of its own" in refused(capsys, "allocate", problem, "--weights", "3")
     problem.write_text("{")
     refused(capsys, "allocate", problem)
-    refused(capsys, "allocate", tmp_path / "absent.json")
+    assert "No such file" in refused(capsys, "allocate", tmp_path / "absent.json", "--weights", "3")
