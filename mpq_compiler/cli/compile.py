@@ -150,8 +150,8 @@ def run(args: argparse.Namespace) -> Any:
         if note not in told:
             terminal.note(f"note: {note}")
     terminal.table(f"{args.output} for {report.target}, recipe {report.recipe}", ("what", "value"), _summary(report))
-    for name, reason in report.fallbacks.items():
-        terminal.say(f"fallback: {name}: {reason}")
+    for line in terminal.fallbacks(report.fallbacks):
+        terminal.say(line)
     return report.to_json()
 
 
@@ -231,7 +231,7 @@ def _summary(report: Report) -> list[tuple[str, object]]:
         *([("memory", terminal.memory(report.memory))] if report.memory else []),
         *([("latency", _predicted(report.latency))] if report.latency else []),
         *((f"trained: {phase['phase']}", _trained(phase)) for phase in report.training),
-        ("fallbacks", len(report.fallbacks)),
+        ("fallbacks", f"{len(report.fallbacks)}{', right but slower or in floats' if report.fallbacks else ''}"),
         ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
     ]
 

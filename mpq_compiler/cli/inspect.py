@@ -313,8 +313,8 @@ def _artifact(path: Path, layers: bool, order: Order) -> dict[str, Any]:
     if calls:
         rows_of_calls = [(entry["text"], ", ".join(entry["functions"])) for entry in calls]
         terminal.table("calls that it takes, the first calibrated", ("call", "functions"), rows_of_calls)
-    for name, reason in plan.get("fallbacks", {}).items():
-        terminal.say(f"fallback: {name}: {reason}")
+    for line in terminal.fallbacks(plan.get("fallbacks", {})):
+        terminal.say(line)
     return {
         "name": manifest["name"],
         "target": manifest["target"]["name"],
