@@ -210,7 +210,8 @@ def _time(found: Estimate, what: str) -> str:
     longest = sorted(found.steps, key=lambda step: -step.seconds)[:3]
     said = ", ".join(f"{step.name} {terminal.duration(step.seconds)}" for step in longest)
     cores = f"{found.jobs} idle core{'s' if found.jobs > 1 else ''}"
-    return f"{what} will take about {terminal.duration(found.seconds)} on {cores}: {said}, ...; --estimate has all passes"
+    time = terminal.duration(found.seconds)
+    return f"{what} will take about {time} on {cores}: {said}, ...; --estimate has all passes"
 
 
 def _print_memory(found: Estimate) -> None:

@@ -118,7 +118,7 @@ def test_the_choice_is_explained_with_what_else_there_was(dumps):
     text = " ".join(explain.sentences(found))
     assert f"bit-allocation took {chosen['format']}" in text and "they share its quantizer" in text
     lengths = {row["format"]: row["bytes"] - chosen["bytes"] for row in found["choices"]}
-    told = re.findall(r"; (\S+) would (free|take) (\d+) (?:bytes|more), and (lose|gain) [\d.,]+ times their price", text)
+    told = re.findall(r"; (\S+) would (free|take) (\d+) (?:bytes|more), and (lose|gain) [\d.,]+ times their", text)
     assert told and all((verb, moved) in (("free", "lose"), ("take", "gain")) for _, verb, _, moved in told)
     assert all(lengths[name] == (int(count) if verb == "take" else -int(count)) for name, verb, count, _ in told)
     assert explain.headline(found).startswith(f"weight {chosen['format']}, activation u8 in 3 time groups")
