@@ -475,7 +475,12 @@ def test_a_text_model_without_encoder_or_file(
     assert "--conditions" in refused(capsys, "generate", output, "-o", picture)
     assert "cannot be made without its encoders" in refused(capsys, "generate", output, "-o", picture, "--prompt", "x")
     few = ("--images", "2", "--steps", "2")
+    capsys.readouterr()
     assert mpqc.main(["generate", str(output), "-o", str(picture), "--conditions", str(conditions), *few]) == 0
+    assert "draws latents of 4 channels and has no decoder" in capsys.readouterr().err
+    against = ("--against", str(text_model), "--images", "2", "--eval-steps", "2")
+    assert mpqc.main(["eval", str(output), "--conditions", str(conditions), *against]) == 0
+    assert "metrics of images are those of latents" in capsys.readouterr().err
 
 
 def test_options_of_a_compilation_with_what_is_compiled(capsys: pytest.CaptureFixture[str], compiled: Path) -> None:
