@@ -51,6 +51,8 @@ def add(commands: options.Commands) -> None:
 def run(args: argparse.Namespace) -> Any:
     """Print or write what is asked for, and return it."""
     path = Path(args.path)
+    if missing := [each for each in (args.path, args.other) if each and not Path(each).exists()]:
+        raise UserError(f"there is no '{missing[0]}': name an artifact, or a folder that `mpqc compile --dumps` wrote")
     if not args.html and (args.other or args.compare):
         raise UserError("a second DUMPS|ARTIFACT and --compare are of the page: add --html FILE, or leave them out")
     if args.bench and not (args.html or args.model_explorer):

@@ -49,8 +49,8 @@ class Painter:
             return None
         return (
             f"'{self.name}' draws latents of {self.shape[0]} channels and has no decoder: pictures show the first three "
-            "as colors, metrics of images are those of latents; a pipeline compiled whole draws images "
-            "(docs/pipelines.md)"
+            "as colors, metrics of images are those of latents; its pipeline, with the artifact in the model's place, "
+            "draws images (docs/calibration.md)"
         )
 
     def draw(

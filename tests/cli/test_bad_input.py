@@ -483,6 +483,12 @@ def test_a_text_model_without_encoder_or_file(
     assert "metrics of images are those of latents" in capsys.readouterr().err
 
 
+def test_looking_into_what_is_not_there(capsys: pytest.CaptureFixture[str], compiled: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent.mpq"
+    for arguments in ([absent], [absent, "--layers"], [compiled, absent, "--html", tmp_path / "x.html"]):
+        assert f"there is no '{absent}': name an artifact" in refused(capsys, "inspect", *arguments)
+
+
 def test_options_of_a_compilation_with_what_is_compiled(capsys: pytest.CaptureFixture[str], compiled: Path) -> None:
     sentence = refused(capsys, "eval", compiled, "--weights", "3", "--steps", "4", "--against", "fashion-unet")
     assert "is compiled already, and --weights, --steps would change nothing" in sentence
