@@ -84,7 +84,7 @@ def test_without_a_limit_it_is_a_share_of_what_is_free(monkeypatch):
     jobs, said = fit_jobs(WORKLOAD, 2, None)
     assert jobs == 1
     assert said is not None
-    assert said.startswith("80% of the free memory, 4.2GB: 1 job in place of 2")
+    assert said.startswith("80% of the free memory (4.2GB): 1 job in place of 2")
 
 
 def test_a_disk_that_is_too_small_is_foreseen(monkeypatch):
