@@ -48,9 +48,9 @@ class Painter:
         if self.codec != "identity" or self.shape[0] in (1, 3):
             return None
         return (
-            f"'{self.name}' draws latents of {self.shape[0]} channels and has no decoder: pictures show the first three "
-            "as colors, metrics of images are those of latents; its pipeline, with the artifact in the model's place, "
-            "draws images (docs/calibration.md)"
+            f"'{self.name}' draws latents of {self.shape[0]} channels and has no decoder: pictures show the first "
+            "three as colors, metrics of images are those of latents; its pipeline, with the artifact in the model's "
+            "place, draws images (docs/calibration.md)"
         )
 
     def draw(
