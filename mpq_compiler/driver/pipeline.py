@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from logging import ERROR
 from pathlib import Path
 from typing import Any, cast
 
@@ -442,7 +443,7 @@ def _import_quietly(kind: str) -> None:
     from transformers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(ERROR)
     try:
         getattr(diffusers, kind, None)
     finally:
