@@ -33,13 +33,17 @@ def run(args: argparse.Namespace) -> Any:
     path = Path(args.output) if args.output else None
     if path is not None:
         output.require_new(path, args.overwrite)
-    solution = solve(problem_of(args), gap=args.gap, time_limit=args.time_limit).to_json()
+    problem = problem_of(args)
+    solution = solve(problem, gap=args.gap, time_limit=args.time_limit).to_json()
     terminal.table(
         f"loss {solution['objective']:.6g}" + ("" if solution["optimal"] else ", not proven optimal"),
         ("choice", "layers"),
         sorted(collections.Counter(solution["choices"].values()).items()),
         numeric=(1,),
     )
+    most = {budget.cost: f"{budget.max:,.0f}" for budget in problem.budgets if budget.group is None}
+    costs = [(cost, f"{value:,.0f}", most.get(cost)) for cost, value in solution["costs"].items()]
+    terminal.table("what it costs, summed over layers", ("cost", "sum", "budget"), costs, numeric=(1, 2))
     if path is not None:
         output.write_json(solution, path)
     return solution
