@@ -231,6 +231,21 @@ def test_constraints_pin_every_dependency():
     assert {name.lower().replace("_", "-") for name in named} <= pinned
 
 
+def test_a_wheel_has_every_page_and_no_link_that_leads_nowhere() -> None:
+    about = ConfigParser()
+    about.read(ROOT / "setup.cfg")
+    root = "share/doc/mpq-compiler"
+    installed = {
+        f"{folder.removeprefix(root)}/{found.name}".lstrip("/"): found
+        for folder, patterns in about["options.data_files"].items()
+        for pattern in patterns.split()
+        for found in ROOT.glob(pattern)
+    }
+    pages = {path for suffix in ("md", "png", "svg") for path in (ROOT / "docs").rglob(f"*.{suffix}")}
+    assert {path.relative_to(ROOT).as_posix(): path for path in pages}.items() <= installed.items()
+    assert "](" not in about["metadata"]["long_description"]
+
+
 def test_what_stands_beside_the_package_names_it_as_it_is() -> None:
     about = ConfigParser()
     about.read(ROOT / "setup.cfg")

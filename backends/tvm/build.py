@@ -208,7 +208,7 @@ def _describe(function: Function, batch: int) -> Entry:
 
 
 def _notes(function: Function) -> list[str]:
-    """Notes for what a user may expect of the parts and of concatenations, and does not get."""
+    """Notes for what a user may expect of the parts, and does not get."""
     notes = []
     if function.mixed:
         some = ", ".join(function.mixed[:3]) + (", ..." if len(function.mixed) > 3 else "")
@@ -216,9 +216,8 @@ def _notes(function: Function) -> list[str]:
             f"{len(function.mixed)} of {len(function.own)} kernel calls of a step depend on the timestep and the texts "
             f"together, though not on the image: they are not kept between steps ({some}; docs/artifact.md)"
         )
-    if function.copied:
-        copied = "; ".join(f"{node} ({parts})" for node, parts in function.copied)
-        notes.append(f"concatenated by a copy, for others read the parts as well or cannot write them there: {copied}")
+    for node, parts in function.copied:  # no note, for nobody can do anything about it
+        _logger.info("%s is concatenated by a copy: others read its parts or cannot write them there: %s", node, parts)
     return notes
 
 

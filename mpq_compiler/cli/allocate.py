@@ -33,13 +33,17 @@ def run(args: argparse.Namespace) -> Any:
     path = Path(args.output) if args.output else None
     if path is not None:
         output.require_new(path, args.overwrite)
-    solution = solve(problem_of(args), gap=args.gap, time_limit=args.time_limit).to_json()
+    problem = problem_of(args)
+    solution = solve(problem, gap=args.gap, time_limit=args.time_limit).to_json()
     terminal.table(
         f"loss {solution['objective']:.6g}" + ("" if solution["optimal"] else ", not proven optimal"),
         ("choice", "layers"),
         sorted(collections.Counter(solution["choices"].values()).items()),
         numeric=(1,),
     )
+    most = {budget.cost: f"{budget.max:,.0f}" for budget in problem.budgets if budget.group is None}
+    costs = [(cost, f"{value:,.0f}", most.get(cost)) for cost, value in solution["costs"].items()]
+    terminal.table("what it costs, summed over layers", ("cost", "sum", "budget"), costs, numeric=(1, 2))
     if path is not None:
         output.write_json(solution, path)
     return solution
@@ -57,6 +61,10 @@ def problem_of(args: argparse.Namespace) -> Problem:
         latency, bops = parse_latency(args.latency), parse_bops(args.bops)
         terms = pose.Terms(args.objective == "paper-db")
         return Problem.from_json(pose.problem(table, limit, args.activations, bops, latency, terms))
+    problem = Problem.load(args.problem)  # says of what is neither what is wrong with it
     if args.weights or args.activations or args.bops or args.latency or args.objective:
-        raise UserError("budgets and objectives go with a sensitivity table; a problem has its own")
-    return Problem.load(args.problem)
+        raise UserError(
+            f"'{args.problem}' is an allocation problem, which has budgets of its own: leave those of the command line "
+            "out, or give a sensitivity table"
+        )
+    return problem

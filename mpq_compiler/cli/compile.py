@@ -155,8 +155,8 @@ def run(args: argparse.Namespace) -> Any:
         if note not in told:
             terminal.note(f"note: {note}")
     terminal.table(f"{args.output} for {report.target}, recipe {report.recipe}", ("what", "value"), _summary(report))
-    for name, reason in report.fallbacks.items():
-        terminal.say(f"fallback: {name}: {reason}")
+    for line in terminal.fallbacks(report.fallbacks):
+        terminal.say(line)
     return report.to_json()
 
 
@@ -214,7 +214,9 @@ def _time(found: Estimate, what: str) -> str:
     """How long a compilation takes from now on, in a sentence."""
     longest = sorted(found.steps, key=lambda step: -step.seconds)[:3]
     said = ", ".join(f"{step.name} {terminal.duration(step.seconds)}" for step in longest)
-    return f"{what} will take about {terminal.duration(found.seconds)} here: {said}, ...; --estimate has all passes"
+    cores = f"{found.jobs} idle core{'s' if found.jobs > 1 else ''}"
+    time = terminal.duration(found.seconds)
+    return f"{what} will take about {time} on {cores}: {said}, ...; --estimate has all passes"
 
 
 def _print_memory(found: Estimate) -> None:
@@ -236,7 +238,7 @@ def _summary(report: Report) -> list[tuple[str, object]]:
         *([("latency", _predicted(report.latency))] if report.latency else []),
         *([("reuse", _reused(report.reuse))] if report.reuse else []),
         *((f"trained: {phase['phase']}", _trained(phase)) for phase in report.training),
-        ("fallbacks", len(report.fallbacks)),
+        ("fallbacks", f"{len(report.fallbacks)}{', right but slower or in floats' if report.fallbacks else ''}"),
         ("artifact", f"{terminal.size(report.artifact['bytes'])}, sha256 {report.artifact['sha256'][:16]}"),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mpq_compiler.cli.options import (
     of_compilation,
 )
 from mpq_compiler.support import terminal
-from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.errors import Notice, UserError
 
 METRICS = {
     "sqnr_db": ("SQNR of {calls} calls of the float model", " dB"),
@@ -203,6 +204,8 @@ def evaluate_path(
             raise UserError(f"'{painter.name}' is no bundled model: name the float model with --against")
         loaded = float_model(against or painter.name, painter)
         reference = with_conditions(sampled_like(from_denoiser(loaded), painter), options.get("conditions"))
+        if painter.undecoded:
+            warnings.warn(painter.undecoded, Notice, stacklevel=2)
         guidance = options.get("guidance")
         guided = "null_conditions" in painter.conditioning.arguments(painter.conditioning.varied(1), 1, guidance)
         seed = painter.unseen if seed is None else seed

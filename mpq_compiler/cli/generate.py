@@ -71,12 +71,15 @@ def run(args: argparse.Namespace) -> Any:
     seed = painter.unseen if args.seed is None else args.seed
     conditions = painter.conditioning.chosen(args.images, args.label, args.prompt)
     painter.conditioning.arguments(conditions, args.images, args.guidance)  # refuses before the work begins
+    if painter.undecoded:
+        terminal.note(f"note: {painter.undecoded}")
+    what = " latents" if painter.undecoded else ""
     painters = {"artifact": painter}
     if args.compare:
         painters["float model"] = _float_painter(args.compare, painter)
     drawn = {kind: _drawn(each, kind, conditions, seed, args) for kind, each in painters.items()}
     if args.compare:
-        image_grid.grid([drawn["float model"], drawn["artifact"]], picture, titles=["float", "compiled"])
+        image_grid.grid([drawn["float model"], drawn["artifact"]], picture, titles=[f"float{what}", f"compiled{what}"])
     else:
         image_grid.grid(drawn["artifact"], picture)
     terminal.say(f"wrote {args.output}")

@@ -59,6 +59,8 @@ def add(commands: options.Commands) -> None:
 def run(args: argparse.Namespace) -> Any:
     """Print or write what is asked for, and return it."""
     path = Path(args.path)
+    if missing := [each for each in (args.path, args.other) if each and not Path(each).exists()]:
+        raise UserError(f"there is no '{missing[0]}': name an artifact, or a folder that `mpqc compile --dumps` wrote")
     if not args.html and (args.other or args.compare):
         raise UserError("a second DUMPS|ARTIFACT and --compare are of the page: add --html FILE, or leave them out")
     if args.bench and not (args.html or args.model_explorer):
@@ -324,8 +326,8 @@ def _artifact(path: Path, layers: bool, order: Order) -> dict[str, Any]:
     if calls:
         rows_of_calls = [(entry["text"], ", ".join(entry["functions"])) for entry in calls]
         terminal.table("calls that it takes, the first calibrated", ("call", "functions"), rows_of_calls)
-    for name, reason in plan.get("fallbacks", {}).items():
-        terminal.say(f"fallback: {name}: {reason}")
+    for line in terminal.fallbacks(plan.get("fallbacks", {})):
+        terminal.say(line)
     return {
         "name": manifest["name"],
         "target": manifest["target"]["name"],

@@ -39,7 +39,7 @@ from mpq_compiler.cli import (
 )
 from mpq_compiler.cli.options import Commands
 from mpq_compiler.cli.parser import Parser
-from mpq_compiler.support import terminal, usage
+from mpq_compiler.support import checkout, terminal, usage
 from mpq_compiler.support.errors import Notice, UserError
 
 TEACH = """\
@@ -94,7 +94,10 @@ def parser() -> argparse.ArgumentParser:
     how_much.add_argument("-q", "--quiet", action="store_true", help="print errors and the result only")
     how_much.add_argument("-v", "--verbose", action="store_true", help="print what each pass took, and what was reused")
     shared.add_argument("--log", metavar="FILE", help="add all that -v prints to this file, with the time")
-    top = Parser(prog="mpqc", description=TEACH, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(
+        prog="mpqc", description=TEACH, epilog=f"README.md and docs/ are in {checkout.pages()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     top.add_argument("--version", action="version", version=f"mpqc {version('mpq-compiler')}")
     commands = Commands(top, shared)
     for module in COMMANDS:

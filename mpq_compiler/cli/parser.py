@@ -22,7 +22,8 @@ class Parser(argparse.ArgumentParser):
         """Refuses unknown options first: what is missing may be what was misspelt."""
         for option in self._options(args or ()):
             if not any(known.startswith(option) for known in self._option_string_actions):
-                hint = nearest(option, [known for known in self._option_string_actions if known.startswith("--")])
+                names = [known[2:] for known in self._option_string_actions if known.startswith("--")]
+                hint = nearest(option.lstrip("-"), names).replace("'", "'--", 1)  # dashes make all of them alike
                 self.error(f"there is no option '{option}'" + (f": {hint}" if hint.startswith("did") else ""))
         found, rest = super().parse_known_args(args, namespace)
         if rest:

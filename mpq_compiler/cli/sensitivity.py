@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> Any:
     terminal.table(
         "relative noise power of the output, most sensitive layers first",
         ("layer", *formats),
-        [(name, *(f"{losses[f]:.1e}" for f in formats)) for name, losses in rows[:SHOWN]],
+        [(name.removesuffix(".weight"), *(f"{losses[f]:.1e}" for f in formats)) for name, losses in rows[:SHOWN]],
         numeric=range(1, len(formats) + 1),
     )
     return table

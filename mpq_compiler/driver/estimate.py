@@ -251,12 +251,12 @@ def fit_jobs(workload: Workload, jobs: int, limit: str | None) -> tuple[int, str
         UserError: one job takes more, or the disk is too small; it says the least that would do.
     """
     most = math.floor(SHARE * (usage.free_memory() + workload.held)) if limit is None else budgets.parse_memory(limit)
-    said = f"--memory-limit {limit}" if limit is not None else f"{SHARE:.0%} of the free memory, {_gigabytes(most)}"
+    said = f"--memory-limit {limit}" if limit is not None else f"{SHARE:.0%} of the free memory ({_gigabytes(most)})"
     peaks = {count: workload.estimate(count, NOMINAL).peak_bytes for count in range(1, jobs + 1)}
     fitting = [count for count, peak in peaks.items() if peak <= most]
     if not fitting:
         raise UserError(
-            f"{said}, is less than the compilation takes: about {_gigabytes(peaks[1], up=True)} with --jobs 1; give "
+            f"{said} is less than the compilation takes: about {_gigabytes(peaks[1], up=True)} with --jobs 1; give "
             f"--memory-limit {_gigabytes(peaks[1], up=True)} or more"
         )
     room, needed = shutil.disk_usage(tempfile.gettempdir()).free, workload.estimate(1, NOMINAL).disk_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from logging import ERROR
 from pathlib import Path
 from typing import Any, cast
 
@@ -417,9 +418,11 @@ def load(source: str | Path) -> DiffusersPipeline:
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
     place, folder = checkpoint.locate(source), checkpoint.place_of(source)
+    index = checkpoint.read_json(folder / "model_index.json")
     parts: dict[str, torch.nn.Module] = {place.denoiser.name: checkpoint_module.read(place, by_calls=True).eval()}
     try:
-        for name, kind in checkpoint.read_json(folder / "model_index.json").items():
+        _import_quietly(str(index.get("_class_name")))
+        for name, kind in index.items():
             if name.startswith("text_encoder") and isinstance(kind, list) and kind[0] == transformers.__name__:
                 encoder = getattr(transformers, kind[1])
                 parts[name] = encoder.from_pretrained(folder / name, dtype="auto", local_files_only=True).eval()
@@ -432,6 +435,19 @@ def load(source: str | Path) -> DiffusersPipeline:
             "--parts denoiser compiles its denoiser alone"
         ) from error
     return made
+
+
+def _import_quietly(kind: str) -> None:
+    """Imports a class of diffusers' pipelines without the warnings that image processors would like torchvision."""
+    import diffusers
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity(ERROR)
+    try:
+        getattr(diffusers, kind, None)
+    finally:
+        logging.set_verbosity(level)
 
 
 def load_decoder(folder: str | Path) -> torch.nn.Module:

@@ -162,8 +162,11 @@ def _notes(denoiser: Denoiser, lowering: Packed, built: Built, options: Options)
         notes.append(f"an earlier run had left in the cache: {', '.join(reused)}{least}")
     rows = len(lowering.planned.facts[CALIBRATION].timesteps)
     more = denoiser.more_inputs
-    if more is None:
-        more = f"raise --samples or --steps, or give a calibration file of {ENOUGH_ROWS} rows or more"
+    if more is None and options.calibration is None:
+        more = "raise --samples or --steps"
+    elif more is None:
+        enough = -(-ENOUGH_ROWS * 4 // 3)
+        more = f"record {enough} rows or more, a quarter of which is held out (docs/calibration.md)"
     if rows < ENOUGH_ROWS and more:
         notes.append(f"calibrated on {rows} inputs only, which can cost several dB: {more}")
     return notes

@@ -44,6 +44,17 @@ class Painter:
         """The names of its inputs, latents and timestep first."""
         return (self.latent, "timestep", *self.conditioning.inputs)
 
+    @property
+    def undecoded(self) -> str | None:
+        """A sentence where what is drawn are latents without a decoder; None: it is images."""
+        if self.codec != "identity" or self.shape[0] in (1, 3):
+            return None
+        return (
+            f"'{self.name}' draws latents of {self.shape[0]} channels and has no decoder: pictures show the first "
+            "three as colors, metrics of images are those of latents; its pipeline, with the artifact in the model's "
+            "place, draws images (docs/calibration.md)"
+        )
+
     def draw(
         self,
         conditions: Conditions,

@@ -425,10 +425,12 @@ def _choice(found: Mapping[str, Any]) -> list[str]:
     larger = [row for row in found["choices"] if row["bytes"] > chosen["bytes"] and row["saves"] is not None]
     if price and smaller:
         row = smaller[-1]
-        text += f"; {row['format']} would lose {_times(row['saves'], price)} what the bytes it frees are worth"
+        freed = chosen["bytes"] - row["bytes"]
+        text += f"; {row['format']} would free {freed} bytes, and lose {_times(row['saves'], price)} their price"
     if price and larger:
         row = max(larger, key=lambda r: r["saves"])
-        text += f"; {row['format']} would gain {_times(row['saves'], price)} what its bytes are worth"
+        taken = row["bytes"] - chosen["bytes"]
+        text += f"; {row['format']} would take {taken} more, and gain {_times(row['saves'], price)} their price"
     return [text]
 
 
@@ -451,9 +453,10 @@ def _codes(name: str, said: Mapping[str, Any]) -> list[str]:
         return []
     parts = [f"{name} settled the codes"]
     if "scale_to_range" in said:
-        parts.append(f"scales are {said['scale_to_range']:.2f} times those of the full range")
+        parts.append(f"scales are on average {said['scale_to_range']:.2f} of those that span the largest weights")
     if "branch" in said:
-        parts.append(f"with a binary branch of {_value(said['alpha'])} on the table's grid")
+        steps = _value(said["alpha"]).strip("[]")
+        parts.append(f"a binary branch adds or subtracts {steps} steps of the table")
     return [", ".join(parts)]
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -280,8 +281,9 @@ class CompiledDenoiser:
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: object) -> None:
         """Copies the artifact, as `pipeline.save_pretrained` does with its models; what it says of weights is fixed.
 
-        UserError: something else than an artifact is in the way.
+        The folder around it is made. UserError: something else than an artifact is in the way.
         """
+        Path(save_directory).parent.mkdir(parents=True, exist_ok=True)  # of a pipeline it may be the first part
         artifacts.copy(self.artifact, save_directory, overwrite=True)
 
     @classmethod

@@ -127,18 +127,23 @@ class Conditioning:
         raise self._refusal(text)
 
     def _known_labels(self, labels: Array) -> Array:
-        last = max(self.classes or 0, (self.null_class or 0) + 1) - 1
         for label in labels:
-            if not 0 <= label <= last:
-                raise UserError(f"'{self.name}' has the classes 0 to {last}, and {label} is none of them")
+            if label != self.null_class and not 0 <= label < (self.classes or 0):
+                raise UserError(f"'{self.name}' has {self._range}, and {label} is none of them")
         return labels
+
+    @property
+    def _range(self) -> str:
+        """The labels, in words."""
+        null = "" if self.null_class is None else f" ({self.null_class}: no class)"
+        return f"the classes 0 to {(self.classes or 0) - 1}{null}"
 
     def _refusal(self, text: bool) -> UserError:
         """The error that says how this model is conditioned instead."""
         if not self.needed:
             return UserError(f"'{self.name}' has no {'prompts' if text else 'classes'}: it is unconditional")
         if self.by_class:
-            return UserError(f"'{self.name}' has no prompts, but the classes 0 to {(self.classes or 0) - 1}")
+            return UserError(f"'{self.name}' has no prompts, but {self._range}")
         if self.encoder:
             return UserError(f"'{self.name}' has no classes, but prompts such as '{self.encoder.example}'")
         return UserError(

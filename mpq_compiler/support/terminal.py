@@ -26,6 +26,8 @@ from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from mpq_compiler.support.errors import named
+
 console = Console(stderr=True)
 """The stream of progress and notes: standard error."""
 output = Console()
@@ -388,6 +390,14 @@ def memory(entry: Mapping[str, Any]) -> str:
         f"{size(entry['prepared_bytes'])} of prepared weights, {most['activation_bytes']} of activations, "
         f"{most['workspace_bytes']} of workspaces a thread"
     )
+
+
+def fallbacks(entry: Mapping[str, str]) -> list[str]:
+    """The calls that fell back, in a line for each reason, from the report's entry: reasons by call."""
+    calls: dict[str, list[str]] = {}
+    for name, reason in entry.items():
+        calls.setdefault(reason, []).append(name)
+    return [f"fallback: {named(names)}: {reason}" for reason, names in calls.items()]
 
 
 def additivity(entry: Mapping[str, Any]) -> str:

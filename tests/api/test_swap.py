@@ -77,6 +77,7 @@ def test_a_pipeline_is_saved_and_loaded(compiled: Any, tmp_path: Path, first: st
     """Whichever package another process imports first; it draws the same bits there."""
     compiled.save_pretrained(tmp_path / "saved")
     compiled.save_pretrained(tmp_path / "saved")  # over itself
+    compiled.unet.save_pretrained(tmp_path / "first" / "unet")  # before other parts have made the folder
     second = {"mpq_compiler": "diffusers", "diffusers": "mpq_compiler"}[first]
     script = f"""
 import {first}, {second}, diffusers, numpy, torch

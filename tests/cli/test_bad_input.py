@@ -475,7 +475,18 @@ def test_a_text_model_without_encoder_or_file(
     assert "--conditions" in refused(capsys, "generate", output, "-o", picture)
     assert "cannot be made without its encoders" in refused(capsys, "generate", output, "-o", picture, "--prompt", "x")
     few = ("--images", "2", "--steps", "2")
+    capsys.readouterr()
     assert mpqc.main(["generate", str(output), "-o", str(picture), "--conditions", str(conditions), *few]) == 0
+    assert "draws latents of 4 channels and has no decoder" in capsys.readouterr().err
+    against = ("--against", str(text_model), "--images", "2", "--eval-steps", "2")
+    assert mpqc.main(["eval", str(output), "--conditions", str(conditions), *against]) == 0
+    assert "metrics of images are those of latents" in capsys.readouterr().err
+
+
+def test_looking_into_what_is_not_there(capsys: pytest.CaptureFixture[str], compiled: Path, tmp_path: Path) -> None:
+    absent = tmp_path / "absent.mpq"
+    for arguments in ([absent], [absent, "--layers"], [compiled, absent, "--html", tmp_path / "x.html"]):
+        assert f"there is no '{absent}': name an artifact" in refused(capsys, "inspect", *arguments)
 
 
 def test_options_of_a_compilation_with_what_is_compiled(capsys: pytest.CaptureFixture[str], compiled: Path) -> None:
@@ -720,6 +731,9 @@ def test_malformed_allocation_problems(capsys: pytest.CaptureFixture[str], tmp_p
     ):
         problem.write_text(json.dumps({"version": 1, "layers": [layer], **change}))
         assert key in refused(capsys, "allocate", problem)
+        assert key in refused(capsys, "allocate", problem, "--weights", "3")  # what is wrong with the file, first
+    problem.write_text(json.dumps({"version": 1, "layers": [layer]}))
+    assert "has budgets of its own" in refused(capsys, "allocate", problem, "--weights", "3")
     problem.write_text("{")
     refused(capsys, "allocate", problem)
-    refused(capsys, "allocate", tmp_path / "absent.json")
+    assert "No such file" in refused(capsys, "allocate", tmp_path / "absent.json", "--weights", "3")

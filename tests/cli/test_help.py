@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -62,5 +63,8 @@ def test_what_is_about_to_be_done_is_said_before_anything_heavy_is_imported() ->
 def test_the_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         mpqc.main(["--help"])
-    listed = re.findall(r"^ {4}(\w+)", capsys.readouterr().out, re.MULTILINE)
+    help = capsys.readouterr().out
+    listed = re.findall(r"^ {4}(\w+)", help, re.MULTILINE)
+    (pages,) = re.findall("README.md and docs/ are in (.+)", help)
+    assert (Path(pages) / "docs" / "calibration.md").is_file()
     assert listed == [name(module) for module in mpqc.COMMANDS]

@@ -319,7 +319,7 @@ def test_measure_once_allocate_often(folder: Path, model: Path, capsys: pytest.C
     assert less["costs"]["bops"] <= 0.9 * chosen["costs"]["bops"] and less["objective"] >= chosen["objective"]
 
 
-def test_a_problem_anybody_can_write(folder: Path) -> None:
+def test_a_problem_anybody_can_write(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     problem = folder / "problem.json"
     choices = [
         {"name": "int4", "loss": 0.31, "costs": {"bits": 1152}},
@@ -330,6 +330,7 @@ def test_a_problem_anybody_can_write(folder: Path) -> None:
     solution = command(folder, "allocate", problem)
     assert sorted(solution["choices"].values()) == ["int4", "int8"]
     assert solution["costs"]["bits"] == 3456
+    assert re.search(r"bits +│ +3,456 │ +3,500 │", capsys.readouterr().out)
 
 
 def test_the_cache_is_listed_and_cleared(folder: Path, model: Path) -> None:

@@ -18,6 +18,7 @@ from mpq_compiler.cli import completion, mpqc
         ("compile x --weigths 3", "there is no option '--weigths': did you mean '--weights'? (`mpqc compile --help`)"),
         ("compile x --weigths=3", "there is no option '--weigths': did you mean '--weights'? (`mpqc compile --help`)"),
         ("generate x --ouput y", "there is no option '--ouput': did you mean '--output'? (`mpqc generate --help`)"),
+        ("sensitivity x -o y --weights 3", "there is no option '--weights' (`mpqc sensitivity --help`)"),
         ("compile x -Z", "there is no option '-Z' (`mpqc compile --help`)"),
         ("--vresion", "there is no option '--vresion': did you mean '--version'? (`mpqc --help`)"),
         ("comple x", "there is no command 'comple': did you mean 'compile'? (`mpqc --help`)"),

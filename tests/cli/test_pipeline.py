@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +175,13 @@ def test_what_is_refused_at_once(
 ) -> None:
     assert said in refused(capsys, "compile", folder, "-o", tmp_path / "a.mpq", *arguments)
     assert not (tmp_path / "a.mpq").exists()
+
+
+def test_loading_prints_nothing_that_nobody_can_act_on(folder: Path) -> None:
+    """Importing the pipeline's class warns of torchvision, where it is not installed."""
+    code = f"from mpq_compiler.driver import pipeline; pipeline.load({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert "torchvision" not in done.stderr
 
 
 def test_a_pipeline_without_text_encoders_is_its_denoiser(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_a_command_that_takes_minutes_says_so_before_it_begins(tmp_path, monkeyp
     place = tmp_path / "report.json"
     assert mpqc.main(["compile", str(model), "-o", str(tmp_path / "out"), "--json", str(place), *options]) == 0
     said = capsys.readouterr().err
-    assert re.search(r"this will take about [\d.]+ s here: \S+ [\d.]+ s, .*; --estimate has all passes", said)
+    assert re.search(r"this will take about [\d.]+ s on 1 idle core: \S+ [\d.]+ s, .*; --estimate has all passes", said)
     assert said.index("this will take") < said.index("calibrating")
     assert re.search(r"^done in .+ \(estimated .+\)$", said, re.MULTILINE)
     report = json.loads(place.read_text(encoding="utf-8"))
@@ -84,7 +84,7 @@ def test_without_a_limit_it_is_a_share_of_what_is_free(monkeypatch):
     jobs, said = fit_jobs(WORKLOAD, 2, None)
     assert jobs == 1
     assert said is not None
-    assert said.startswith("80% of the free memory, 4.2GB: 1 job in place of 2")
+    assert said.startswith("80% of the free memory (4.2GB): 1 job in place of 2")
 
 
 def test_a_disk_that_is_too_small_is_foreseen(monkeypatch):

@@ -102,6 +102,8 @@ def test_a_model_of_fewer_channels_than_its_latents(tmp_path: Path) -> None:
         loaded, tmp_path / "out.mpq", target="reference", calibration=written(given, tmp_path), weights=6, recipe=few
     )
     assert any("nothing can be drawn here" in note for note in report.notes)
+    told = "calibrated on 12 inputs only, which can cost several dB: record 86 rows or more, a quarter of which is held"
+    assert any(note.startswith(told) for note in report.notes)
     painter = evaluation_painter.from_artifact(tmp_path / "out.mpq")
     with pytest.raises(UserError, match="3 channels for 6 that it takes"):
         painter.draw(painter.conditioning.varied(1), 1, 2, 0)

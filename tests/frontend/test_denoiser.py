@@ -135,7 +135,7 @@ def test_bundled_model(bundled):
     assert (bundled.classes, bundled.null_class, len(bundled.class_names)) == (10, 10, 10)
     assert bundled.default_conditions(12)["class_labels"].tolist() == [*range(10), 0, 1]
     assert bundled.null_conditions(2)["class_labels"].tolist() == [10, 10]
-    with pytest.raises(UserError, match=r"classes 0 to 10, and 11 is none of them"):
+    with pytest.raises(UserError, match=r"classes 0 to 9 \(10: no class\), and 11 is none of them"):
         bundled.conditions_for([11])
 
 

@@ -117,7 +117,19 @@ def test_the_choice_is_explained_with_what_else_there_was(dumps):
             assert gained == pytest.approx(chosen["loss"] - row["loss"], rel=1e-6)
     text = " ".join(explain.sentences(found))
     assert f"bit-allocation took {chosen['format']}" in text and "they share its quantizer" in text
+    lengths = {row["format"]: row["bytes"] - chosen["bytes"] for row in found["choices"]}
+    told = re.findall(r"; (\S+) would (free|take) (\d+) (?:bytes|more), and (lose|gain) [\d.,]+ times their", text)
+    assert told and all((verb, moved) in (("free", "lose"), ("take", "gain")) for _, verb, _, moved in told)
+    assert all(lengths[name] == (int(count) if verb == "take" else -int(count)) for name, verb, count, _ in told)
     assert explain.headline(found).startswith(f"weight {chosen['format']}, activation u8 in 3 time groups")
+
+
+def test_settled_codes_are_told_of_in_words(dumps):
+    found = document()
+    layer = next(path for path, said in found["layers"].items() if "branch" in said.get("residual-branch", {}))
+    text = " ".join(explain.sentences(explain.why(found, layer, dumps)))
+    assert re.search(r"scales are on average [\d.]+ of those that span the largest weights", text)
+    assert re.search(r"a binary branch adds or subtracts \d+ steps of the table", text)
 
 
 def test_moved_budgets_are_solved_again():

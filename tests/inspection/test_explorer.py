@@ -327,7 +327,7 @@ def test_damage_is_one_sentence(tmp_path, capsys):
         (lambda: decisions.write_text("{"), "holds no readable decisions.json"),
         (lambda: altered(r'"low":[^,]+', '"low":"x"'), "was altered since it was written"),
         (lambda: altered(r'"ranges":\[\[[^,]+', '"ranges":[[NaN'), "was altered since it was written"),
-        (lambda: shutil.rmtree(folder), "there is no folder"),
+        (lambda: shutil.rmtree(folder), "name an artifact, or a folder that"),
     ):
         shutil.copytree(clean("pixart", programs.MIXED)[0], folder, dirs_exist_ok=True)
         damage()

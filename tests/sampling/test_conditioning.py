@@ -77,8 +77,8 @@ def test_guidance_goes_into_a_second_call_or_into_an_input(prompts: Conditioning
     [
         (UNCONDITIONAL, 3, None, "'pixels' has no classes: it is unconditional"),
         (UNCONDITIONAL, None, "boot", "'pixels' has no prompts"),
-        (CLASSES, None, "boot", "'ten' has no prompts, but the classes 0 to 9"),
-        (CLASSES, 11, None, "classes 0 to 10, and 11 is none of them"),
+        (CLASSES, None, "boot", r"'ten' has no prompts, but the classes 0 to 9 \(10: no class\)$"),
+        (CLASSES, 11, None, r"classes 0 to 9 \(10: no class\), and 11 is none of them"),
         (CLASSES, 3, "boot", "not both"),
         (TEXT, 3, None, "cannot be made without its encoders"),
         (TEXT, None, "boot", "conditions"),

@@ -48,6 +48,12 @@ def test_a_command_says_what_it_does_and_how_long_that_took(capsys: pytest.Captu
     assert re.fullmatch(r"done in 0\.\d s \(estimated 4 min 12 s\)\n", capsys.readouterr().err)
 
 
+def test_calls_that_fell_back_for_one_reason_are_told_of_in_one_line() -> None:
+    reasons = {**dict.fromkeys("abcde", "a second kernel"), "f": "in floats"}
+    told = ["fallback: 'a', 'b', 'c' and 2 more: a second kernel", "fallback: 'f': in floats"]
+    assert terminal.fallbacks(reasons) == told
+
+
 def test_a_command_that_fails_is_not_done(capsys: pytest.CaptureFixture[str]) -> None:
     terminal.configure()
     with pytest.raises(ValueError, match="no"), terminal.announced("compiling it"):

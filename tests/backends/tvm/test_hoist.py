@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -177,3 +179,11 @@ def test_what_is_not_kept_is_said():
     (note,) = _notes(function)
     assert f"{len(function.mixed)} of {len(function.own)} kernel calls" in note and "norm1_context" in note
     assert not _notes(lower(packed.program("sd15", "int8").program, (1,)).functions[0])
+
+
+def test_copies_that_nobody_can_avoid_are_a_detail(caplog):
+    (function,) = lower(packed.program("unet2d-class", "int8").program, (1,)).functions
+    copied = ("joined", "'made' by gemm")
+    with caplog.at_level("INFO", "mpq_compiler"):
+        assert not _notes(replace(function, copied=(copied,)))
+    assert copied in [record.args for record in caplog.records]
