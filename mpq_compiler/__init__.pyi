@@ -69,6 +69,7 @@ def compile(
     activations: float | None = None,
     bops: str | float | None = None,
     latency: str | float | None = None,
+    reuse: int | None = None,
     objective: str | None = None,
     latency_table: str | Path | None = None,
     shapes: str | None = None,
@@ -140,6 +141,8 @@ def compile(
         bops: The budget of bit operations per sample: 2.5e12 or "2.5T". Default: None.
         latency: The budget of latency: milliseconds of a call, or "800us"; for the table's samples and threads.
             Default: None.
+        reuse: The sampling steps for which a budget of latency, then of a step on average, may have steps reuse
+            parts of the network as they were (docs/reuse.md). None: every step computes all. Default: None.
         objective: The objective: "noise", or "paper-db", the summed SQNR of layers in dB (MixDQ). None takes the
             recipe's. Default: None.
         latency_table: The file that `mpqc latency` wrote (docs/latency.md); without one a budget measures a table
@@ -217,6 +220,7 @@ def compile(
     activations: float | None = None,
     bops: str | float | None = None,
     latency: str | float | None = None,
+    reuse: int | None = None,
     objective: str | None = None,
     latency_table: str | Path | None = None,
     shapes: str | None = None,
@@ -264,6 +268,7 @@ def estimate(
     activations: float | None = None,
     bops: str | float | None = None,
     latency: str | float | None = None,
+    reuse: int | None = None,
     objective: str | None = None,
     latency_table: str | Path | None = None,
     shapes: str | None = None,
@@ -314,6 +319,7 @@ def measure_latency(
     activations: float | None = None,
     bops: str | float | None = None,
     latency: str | float | None = None,
+    reuse: int | None = None,
     objective: str | None = None,
     latency_table: str | Path | None = None,
     shapes: str | None = None,
@@ -361,6 +367,7 @@ def measure_sensitivity(
     activations: float | None = None,
     bops: str | float | None = None,
     latency: str | float | None = None,
+    reuse: int | None = None,
     objective: str | None = None,
     latency_table: str | Path | None = None,
     shapes: str | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 
 from mpq_compiler.allocation.pose import Terms
 from mpq_compiler.allocation.problem import Solution
-from mpq_compiler.allocation.reuse_choice import Candidate
+from mpq_compiler.allocation.reuse_choice import Candidate, Document
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir.interpreter import run
@@ -26,7 +26,7 @@ class Solved:
     """An allocation problem and its solution."""
 
     terms: Terms
-    problem: dict[str, Any]
+    problem: Document
     solution: Solution
     reuse: Candidate | None = None
     """What steps reuse, where that is part of the problem."""

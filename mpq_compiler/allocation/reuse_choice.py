@@ -19,6 +19,8 @@ from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.reuse import Cut
 from mpq_compiler.pipeline.session import Times
 
+Document = dict[str, Any]
+"""A problem as JSON (schemas/allocation-problem.json)."""
 WHOLE = "whole"
 """The choice of a stretch all of whose steps compute all."""
 GROUP = "reuse"
@@ -84,7 +86,7 @@ class Candidate:
             return costs
         return costs | {"microseconds": costs["microseconds"] * (1 - self.share)}
 
-    def added(self, problem: Mapping[str, Any]) -> dict[str, Any]:
+    def added(self, problem: Document) -> Document:
         """The problem of bits with the stretches among its layers."""
         none = dict.fromkeys((budget["cost"] for budget in problem["budgets"]), 0.0)
         layers = []

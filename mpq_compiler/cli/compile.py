@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mpq_compiler.driver.estimate import Estimate
     from mpq_compiler.driver.pipeline import PipelineReport
     from mpq_compiler.driver.report import Report
+    from mpq_compiler.ir.findings import ReusePlan
 
 FEWEST_PROMPTS = 8
 """The fewest prompts to calibrate on."""
@@ -254,9 +255,9 @@ def _predicted(about: dict[str, Any]) -> str:
     return f"{about['predicted_ms']:.4g} ms{budget} predicted ({several}), {fixed}"
 
 
-def _reused(about: dict[str, Any]) -> str:
+def _reused(about: ReusePlan) -> str:
     """What steps reuse, in words."""
-    lost = [f"{-10 * math.log10(about[name]):.1f}" for name in ("loss", "measured")]
+    lost = [f"{-10 * math.log10(loss):.1f}" for loss in (about["loss"], about["measured"])]
     return (
         f"{about['reused']} of {about['steps']} steps leave out {about['share']:.0%} of the multiplications, behind "
         f"'{about['node']}': {lost[0]} dB by the sum of its losses, {lost[1]} measured together"

@@ -14,7 +14,7 @@ import numpy as np
 
 from mpq_compiler import formats
 from mpq_compiler.artifact import bundle, tvm_wheels
-from mpq_compiler.artifact.manifest import Calls, Ends
+from mpq_compiler.artifact.manifest import Calls, Ends, Reuse
 from mpq_compiler.driver import lora
 from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.options import Options
@@ -31,6 +31,7 @@ from mpq_compiler.pipeline.backend import Built
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.sampling import call_tree, text_encoder
+from mpq_compiler.sampling.reuse import Schedule
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.files import encode_json, sha256
 from mpq_compiler.targets import table as targets
@@ -79,7 +80,7 @@ def describe(
     if (branches := lora.describe(program)[0]) is not None:
         document["lora"] = branches
     if (schedule := program.facts.get(reuse.REUSE)) is not None:
-        document["reuse"] = schedule.to_json() | _reuse(program, built)
+        document["reuse"] = _reuse(schedule, program, built)
     if options.threads is not None:
         document["threads"] = options.threads
     if options.tune:
@@ -150,11 +151,11 @@ def _origin(
     }
 
 
-def _reuse(program: Program, built: Built) -> dict[str, Any]:
-    """The manifest's entries on what steps keep: its shape, and the functions of steps that keep and that reuse."""
+def _reuse(schedule: Schedule, program: Program, built: Built) -> Reuse:
+    """The manifest's entry on what steps reuse, with the functions of steps that keep and that reuse."""
     names = [str(function["name"]) for function in built.functions]
-    functions = {what: [name for name in names if name.endswith(f"_{what}")] for what in (reuse.KEEPING, reuse.REUSING)}
-    return {"shape": list(reuse.kept_shape(program)), **functions}
+    keeping, reusing = ([name for name in names if name.endswith(f"_{k}")] for k in (reuse.KEEPING, reuse.REUSING))
+    return Reuse(**schedule.to_json(), shape=list(reuse.kept_shape(program)), keeping=keeping, reusing=reusing)
 
 
 def _calls(denoiser: Denoiser, built: Built) -> list[Calls]:

@@ -316,7 +316,7 @@ def _by_calls(
     own = replace(
         options, samples=None, steps=None, scheduler=None, prediction_type=None, guidance=None, conditions=None,
         shapes=None, effort=None, minutes=None, sensitivity=None, latency=None, latency_table=None, bops=None,
-        lora_rank=None, lora_layers=None, calibration=file,
+        reuse=None, lora_rank=None, lora_layers=None, calibration=file,
     )  # fmt: skip
     return Part(replace(denoisers.wrap_calls(module, file, name=name, latent=first), more_inputs=more), own)
 

@@ -13,7 +13,7 @@ from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
-from mpq_compiler.ir.findings import ALLOCATION, LATENCY
+from mpq_compiler.ir.findings import ALLOCATION, LATENCY, ReusePlan
 from mpq_compiler.ir.program import NOTES, PARAMETERS, Program
 from mpq_compiler.ir.reuse import REUSE
 from mpq_compiler.latency.candidates import Latency
@@ -68,7 +68,7 @@ class Report:
 
     It has ``measured``, ``expected`` (the sum), ``difference_db`` of the two, and the number of ``inputs``.
     """
-    reuse: dict[str, Any] | None
+    reuse: ReusePlan | None
     """What steps of a sampler reuse (`bit-allocation`); None where every step computes all."""
     numerics: dict[str, Any]
     """The artifact's ``mode``, and the ``attentions`` and float ``layers`` that are not in float32."""

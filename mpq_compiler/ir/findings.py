@@ -68,6 +68,23 @@ class SensitivityTable(LossTable, CostTable):
 SENSITIVITY = Fact[LossTable]("sensitivity")
 NO_LOSSES: LossTable = {"weights": {}, "activations": {}}
 """The table of a program that was not measured."""
+class ReusePlan(TypedDict):
+    """What steps of a sampler reuse, as `bit-allocation` decided it."""
+
+    node: str
+    share: float
+    """Of the multiplications of a call, what a step leaves out."""
+    steps: int
+    reused: int
+    loss: float
+    """The sum of the losses by which it was chosen."""
+    measured: NotRequired[float]
+    """What all of it loses together."""
+    saved_ms: float
+    """Of a step on average."""
+    stretches: dict[str, str]
+
+
 ALLOCATION = Fact[dict[str, Any]]("allocation")
 """The solution of `bit-allocation`, and its problem where a program was solved."""
 LATENCY = Fact[dict[str, float | None]]("latency")

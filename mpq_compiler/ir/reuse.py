@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from mpq_compiler.ir import ops, views
 from mpq_compiler.ir.aten import aten, interior_permutes
@@ -155,7 +155,7 @@ def reusing(program: Program) -> Program:
     return made
 
 
-def _named(name: str, graph: fx.Graph, target: Callable[..., Any], *args: Any) -> fx.Node:
+def _named(name: str, graph: fx.Graph, target: Callable[..., object], *args: Argument) -> fx.Node:
     """Inserts a call of a name that no region has; those that fx makes up may be in one."""
     node = graph.call_function(target, args)
     node.name = name

@@ -125,10 +125,9 @@ def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
     return found or [Kind("", None, [*functions.values()])]
 
 
-def _of_steps(manifest: Mapping[str, Any], what: str) -> Kind:
-    """The calls of steps that keep a value ("keeping"), or that reuse one ("reusing")."""
-    names = manifest["reuse"][what]
-    return Kind("", None, [function for function in manifest["functions"] if function["name"] in names])
+def _of_functions(functions: Sequence[Function], names: Collection[str]) -> Kind:
+    """The calls of the functions with these names."""
+    return Kind("", None, [function for function in functions if function["name"] in names])
 
 
 class Fitted(NamedTuple):
@@ -574,7 +573,8 @@ class CompiledDenoiser:
         reuse = self.manifest.get("reuse")
         if reuse is None:
             return lambda **inputs: self.run(inputs)
-        keeping, reusing = (_of_steps(self.manifest, what) for what in ("keeping", "reusing"))
+        every = self.manifest["functions"]
+        keeping, reusing = (_of_functions(every, names) for names in (reuse["keeping"], reuse["reusing"]))
         functions = Functions(
             whole=self.run,
             keeping=lambda inputs: self._run(self._fitted(inputs, keeping)),

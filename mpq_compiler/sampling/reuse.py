@@ -12,7 +12,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -28,6 +28,14 @@ STREAMS = 4
 
 Source = tuple[int, float]
 """A step, and what the value that it kept counts for."""
+
+
+class Stated(TypedDict):
+    """A schedule as JSON."""
+
+    node: str
+    timesteps: list[float]
+    sources: list[list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,13 @@ class Schedule:
         """The number of steps that reuse."""
         return sum(map(bool, self.sources))
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> Stated:
         """The manifest's entry, of which `from_json` makes an equal schedule."""
-        sources = [[list(source) for source in step] for step in self.sources]
+        sources = [[[float(number) for number in source] for source in step] for step in self.sources]
         return {"node": self.node, "timesteps": list(self.timesteps), "sources": sources}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Schedule:
+    def from_json(cls, value: Stated) -> Schedule:
         """The schedule of a manifest's entry."""
         sources = tuple(tuple((int(step), float(weight)) for step, weight in step_) for step_ in value["sources"])
         return cls(value["node"], tuple(map(float, value["timesteps"])), sources)
