@@ -27,10 +27,10 @@ class KeepValues(Pass):
     (`ir.reuse`). What all of it loses is measured with the plan's bits, beside the sum of the losses that chose it.
     With ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858), and nothing is measured.
 
-        %up_blocks_0_attentions_1_add = aten.add(%reshape_default_37, %up_blocks_0_resnets_1_add_1)
+        %up_blocks_1_resnets_0_add_1          = aten.add(%up_blocks_1_resnets_0_conv_shortcut, ...)
       =>
-        %up_blocks_0_attentions_1_add_computed = aten.add(%reshape_default_37, %up_blocks_0_resnets_1_add_1)
-        %up_blocks_0_attentions_1_add = mpq::keep(%up_blocks_0_attentions_1_add_computed)
+        %up_blocks_1_resnets_0_add_1_computed = aten.add(%up_blocks_1_resnets_0_conv_shortcut, ...)
+        %up_blocks_1_resnets_0_add_1          = mpq::keep(%up_blocks_1_resnets_0_add_1_computed)
     """
 
     contract: ClassVar[Contract] = Contract.IDENTICAL

@@ -60,6 +60,8 @@ REUSED = (
     f"bit-allocation{{weights=9}},keep-values{{every=2,steps=4}},{BACK}"
 )
 """Steps that keep a value for later ones, of which a budget of time decides nothing."""
+KEPT = f"{FRONT},bit-allocation{{uniform=int8}},keep-values{{every=2,steps=4}},{BACK}"
+"""Steps that keep a value, by hand."""
 PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED, SCORED, ROTATED, REUSED)
 ACTIVATIONS = (
     f"{FRONT},sensitivity{{inputs=3,formats=int8,method=ablation}},"

@@ -33,6 +33,7 @@ SHOWN = {
     "low-rank": ("unet2d", programs.LOW_RANK),
     "bos-split": ("sd15", programs.REWRITES),
     "equalize": ("fashion-unet", programs.REWRITES),
+    "keep-values": ("unet2d", programs.KEPT),
 }
 """The model and the pipeline that show a pass, where they are not "unet2d" and `programs.having`."""
 

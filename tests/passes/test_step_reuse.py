@@ -1,0 +1,147 @@
+"""What reuse costs images, measured; what is decided with it; and the pass that marks the value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES, Drawing, MarkedDrawing, relative_error, schedule_of
+from mpq_compiler.driver.options import Options
+from mpq_compiler.driver.resolve import resolve
+from mpq_compiler.ir import reuse
+from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.findings import ALLOCATION, LATENCY
+from mpq_compiler.ir.interpreter import run
+from mpq_compiler.passes.bit_allocation import BitAllocation
+from mpq_compiler.passes.keep_values import KeepValues
+from mpq_compiler.passes.step_reuse import StepReuse
+from mpq_compiler.pipeline.realize import realize, uniform
+from mpq_compiler.pipeline.session import Session
+from mpq_compiler.sampling.reuse import Functions, KeptSteps
+from mpq_compiler.support.errors import BudgetError, UserError
+from tests.harness import programs
+
+MODEL, STEPS = programs.BUNDLED, 4
+
+
+class Times:
+    """Times of layers by their weights, the same in all formats but for a little, and one microsecond a node."""
+
+    def costs(self, program, names, dynamic=False):
+        nodes = {n.name: 1.0 for n in program.graph.nodes if n.op == "call_function"}
+        paths = {str(weight_path(n)) for n in program.quantizable}
+        layers = {path: {name: 20.0 + i for i, name in enumerate(names)} for path in paths}
+        return dataclasses.make_dataclass("Costs", ["fixed", "layers", "nodes"])(sum(nodes.values()), layers, nodes)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    session = Session(programs.denoiser(MODEL), cache=tmp_path_factory.mktemp("cache"), latency=Times())
+    program = programs.after(MODEL, "sensitivity")
+    return StepReuse(steps=STEPS, cuts=2, stretches=2, images=2).run(program, session), session
+
+
+def allocated(measured, ms: float):
+    program, session = measured
+    return BitAllocation(weights=6.5, latency=ms).run(program, session)
+
+
+def whole_ms(measured) -> float:
+    return allocated(measured, 1e3).facts[LATENCY]["ms"]
+
+
+def test_losses_are_those_of_images(measured):
+    """The loss of an option is the error of its images to those without reuse, in the unit of sensitivities."""
+    program, session = measured
+    found = program.facts[REUSE_LOSSES]
+    assert found.stretches == ((0, 2), (2, 4)) and len(found.timesteps) == STEPS and found.gain > 0
+    for cut, losses in found.losses.items():
+        assert len(losses) == 4 and all(loss > 0 for loss in losses.values()), "two stretches, two orders"
+        simulated = realize(uniform("int4", activations=8.0).run(program, session), session)
+        reuse.mark(simulated, cut.node)
+        drawn = MarkedDrawing(Drawing(session, STEPS, 2), simulated, {-1, 1})
+        option = max(losses, key=lambda o: (o.stretch, o.order))
+        schedule = schedule_of(cut, found.timesteps, found.stretches, [option])
+        assert relative_error(drawn.by(schedule), drawn.whole) / found.gain == pytest.approx(losses[option], rel=1e-4)
+
+
+def test_what_is_replayed_is_what_would_be_computed(measured):
+    program, session = measured
+    found, simulated = program.facts[REUSE_LOSSES], programs.after(MODEL, "layout").fork()
+    cut = next(iter(found.losses))
+    reuse.mark(simulated, cut.node)
+    drawing = Drawing(session, STEPS, 2)
+    option = max(found.losses[cut], key=lambda o: (o.stretch, o.order))
+    schedule = schedule_of(cut, found.timesteps, found.stretches, [option])
+    keeping, reusing = reuse.keeping(simulated), reuse.reusing(simulated)
+    functions = Functions(*((lambda inputs, p=p: drawing.run(p, inputs)) for p in (simulated, keeping, reusing)))
+    shape = drawing.denoiser.latent_shape
+    steps = KeptSteps(schedule, functions, shape, reuse.kept_shape(simulated), drawing.denoiser.latent)
+    assert np.array_equal(MarkedDrawing(drawing, simulated, {-1, 1}).by(schedule), drawing.draw(steps))
+    assert steps.reused == 1
+
+
+def test_a_second_budget_measures_nothing_again(measured):
+    program, session = measured
+    again = Session(session.denoiser, cache=session.cache)
+    found = StepReuse(steps=STEPS, cuts=2, stretches=2, images=2).run(programs.after(MODEL, "sensitivity"), again)
+    assert found.facts[REUSE_LOSSES] == program.facts[REUSE_LOSSES]
+    assert any("losses of reuse" in what for what in again.reused)
+
+
+def test_an_ample_budget_reuses_nothing(measured):
+    found = allocated(measured, 1e3)
+    assert reuse.REUSE not in found.facts and "reuse" not in found.facts[ALLOCATION]
+    assert KeepValues().run(found, measured[1]).facts.get(reuse.REUSE) is None
+
+
+def test_a_budget_that_bits_cannot_meet_is_met_by_reuse(measured):
+    budget = 0.75 * whole_ms(measured)
+    without = measured[0].fork()
+    del without.facts[REUSE_LOSSES]
+    with pytest.raises(BudgetError, match="cannot be met"):
+        BitAllocation(weights=6.5, latency=budget).run(without, measured[1])
+    found = allocated(measured, budget)
+    plan, schedule = found.facts[ALLOCATION]["reuse"], found.facts[reuse.REUSE]
+    assert found.facts[LATENCY]["ms"] <= budget * (1 + 1e-9) < found.facts[LATENCY]["whole_ms"]
+    assert plan["reused"] == schedule.reused > 0 and plan["steps"] == STEPS and plan["node"] == schedule.node
+    assert found.facts[LATENCY]["whole_ms"] - found.facts[LATENCY]["ms"] == pytest.approx(plan["saved_ms"])
+    kept = KeepValues(images=2).run(found, measured[1])
+    assert reuse.marked(kept).name == schedule.node
+    assert kept.facts[ALLOCATION]["reuse"]["measured"] > 0
+    inputs = measured[1].denoiser.random_inputs(2, 0)
+    assert torch.equal(run(kept, inputs), run(found, inputs))
+
+
+def test_a_budget_beyond_reuse_is_refused(measured):
+    with pytest.raises(BudgetError, match=r"a latency of .* cannot be met: the smallest that the formats allow"):
+        allocated(measured, 0.05 * whole_ms(measured))
+
+
+def test_a_schedule_by_hand():
+    session = Session(programs.denoiser(MODEL))
+    program = programs.after(MODEL, "bit-allocation")
+    found = KeepValues(every=3, begin=0.5, order=0, steps=8, share=0.8).run(program, session)
+    schedule = found.facts[reuse.REUSE]
+    assert [bool(sources) for sources in schedule.sources] == [False] * 5 + [True, True, False]
+    assert all(weight == 1.0 for sources in schedule.sources for _, weight in sources)
+    assert list(schedule.timesteps) == [float(t) for t in session.denoiser.scheduler.timesteps(8)]
+    assert reuse.marked(found) is not None and reuse.marked(program) is None
+    with pytest.raises(UserError, match=r"keep-values.every. finds no value that stands for 25% to 1% of the network"):
+        KeepValues(every=2, share=0.01).run(program, session)
+
+
+def test_the_option_adds_both_passes_and_needs_a_budget_of_time():
+    names = [step.name() for step in resolve(Options(latency="2ms", reuse=50))]
+    assert names.index("sensitivity") < names.index("step-reuse") < names.index("bit-allocation")
+    assert names.index("bit-allocation") < names.index("keep-values") < names.index("insert-fake-quant")
+    assert next(step for step in resolve(Options(latency="2ms", reuse=50)) if step.name() == "step-reuse").steps == 50
+    assert "step-reuse" not in [step.name() for step in resolve(Options(latency="2ms"))]
+    with pytest.raises(UserError, match=r"reuse says how many steps .*: add latency, or leave it out"):
+        resolve(Options(reuse=20))
+    with pytest.raises(UserError, match="option 'steps' of pass 'step-reuse' must be 2 or more, not 1"):
+        resolve(Options(latency="2ms", reuse=1))
+
