@@ -169,6 +169,8 @@ class KeptSteps:
         stream = self._stream(conditions_key(inputs, self._latent))
         if step != stream.last + 1 or batch != stream.batch:
             stream.values.clear()
+            if -1 < stream.last < step - 1:  # steps are left out; a drawing begins at any
+                self._warn(times)
         stream.last, stream.batch = step, batch
         sources = self.schedule.sources[step]
         if sources and all(source in stream.values for source, _ in sources):
@@ -201,7 +203,7 @@ class KeptSteps:
             self._warned = True
             steps = len(self.schedule.timesteps)
             warnings.warn(
-                f"a call at timestep {times[0]:g} is none of the {steps} steps for which it was decided what may be "
+                f"a call at timestep {times[0]:g} does not follow the {steps} steps for which it was decided what may be "
                 f"reused: such calls are computed whole; draw in {steps} steps of the sampler that it was compiled for",
                 Notice,
                 stacklevel=4,

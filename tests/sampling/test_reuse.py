@@ -158,7 +158,16 @@ def test_timesteps_of_another_sampler_compute_all_with_one_notice():
         steps(**given(1) | {"timestep": np.full(2, 650.0)})
         steps(**given(1) | {"timestep": np.array([700.0, 500.0])})  # samples at different ones
     assert network.calls == ["keeping", "whole", "whole"]
-    assert [w.category for w in caught] == [Notice] and "none of the 5 steps" in str(caught[0].message)
+    assert [w.category for w in caught] == [Notice] and "does not follow the 5 steps" in str(caught[0].message)
+
+
+def test_fewer_steps_at_some_of_the_timesteps_compute_all_with_a_notice():
+    network = Network()
+    steps = network.steps(schedule(True, False, True, False, False))
+    with pytest.warns(Notice, match="at timestep 500 does not follow the 5 steps"):
+        for step in (0, 2, 4):
+            steps(**given(step))
+    assert "reusing" not in network.calls
 
 
 def test_two_samplers_at_once_keep_their_own():
