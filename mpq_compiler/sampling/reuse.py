@@ -203,8 +203,8 @@ class KeptSteps:
             self._warned = True
             steps = len(self.schedule.timesteps)
             warnings.warn(
-                f"a call at timestep {times[0]:g} does not follow the {steps} steps for which it was decided what may be "
-                f"reused: such calls are computed whole; draw in {steps} steps of the sampler that it was compiled for",
+                f"a call at timestep {times[0]:g} does not follow the {steps} steps for which it was decided what may "
+                f"be reused: such calls are computed whole; draw in {steps} steps of the sampler it was compiled for",
                 Notice,
                 stacklevel=4,
             )
