@@ -394,11 +394,16 @@ class BitAllocation(Pass):
         losses, known = program.facts.get(REUSE_LOSSES), self._layer_times(session)
         if self.latency is None or losses is None or known is None:
             return whole()
+        if self.objective != "noise":
+            raise UserError(
+                f"bit-allocation{{objective={self.objective}}} sums something else than noise, which reuse is measured "
+                "by: leave --reuse or the objective out"
+            )
         best: Solved | None = None
         refusals: list[BudgetError] = []
         bounds: dict[str, float] = {}  # what bits lose at the least: where the most steps reuse
         for each in (None, *candidates(losses, self._times(program, known), program)):
-            bound = 0.0 if each is None else bounds.get(each.cut.node, 0.0) + each.least
+            bound = -math.inf if each is None else bounds.get(each.cut.node, -math.inf) + each.least
             if best is not None and bound >= best.solution.objective:
                 continue
             try:

@@ -121,6 +121,12 @@ def test_a_budget_beyond_reuse_is_refused(measured):
         allocated(measured, 0.05 * whole_ms(measured))
 
 
+def test_objectives_that_are_no_noise_are_refused(measured):
+    program, session = measured
+    with pytest.raises(UserError, match=r"objective=paper-db.* sums something else than noise"):
+        BitAllocation(weights=6.5, latency=1e3, objective="paper-db").run(program, session)
+
+
 def test_a_schedule_by_hand():
     session = Session(programs.denoiser(MODEL))
     program = programs.after(MODEL, "bit-allocation")
