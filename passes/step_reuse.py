@@ -61,7 +61,7 @@ class StepReuse(Pass):
     """Sampling steps, for which the schedule is made."""
     cuts: int = 3
     """Most values that could be kept; one is chosen."""
-    stretches: int = 5
+    stretches: int = 4
     """Stretches of steps, each with its own interval."""
     orders: tuple[int, ...] = (0, 1)
     """0 takes the last value, 1 extrapolates the last two."""
