@@ -201,10 +201,10 @@ class Reuse(TypedDict):
 
     node: str
     shape: list[int]
-    """Of the kept value of a sample, float32."""
+    """The shape of the kept value of a sample, float32."""
     timesteps: list[float]
     sources: list[list[list[float]]]
-    """Of each step the steps whose kept values it sums, each with its weight; one with none computes all."""
+    """The steps whose kept values each step sums, with their weights; a step with none computes all."""
     keeping: list[str]
     reusing: list[str]
 

@@ -73,7 +73,7 @@ class ReusePlan(TypedDict):
 
     node: str
     share: float
-    """Of the multiplications of a call, what a step leaves out."""
+    """The share of the multiplications of a call that a step leaves out."""
     steps: int
     reused: int
     loss: float
@@ -81,7 +81,7 @@ class ReusePlan(TypedDict):
     measured: NotRequired[float]
     """What all of it loses together."""
     saved_ms: float
-    """Of a step on average."""
+    """Milliseconds of a step on average."""
     stretches: dict[str, str]
 
 

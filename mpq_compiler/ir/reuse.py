@@ -37,7 +37,7 @@ class Cut:
     inside: frozenset[str]
     """The nodes that are computed for nothing but this value, itself among them."""
     share: float
-    """Of the multiply-accumulates of a call."""
+    """The share of the multiply-accumulates of a call."""
 
 
 def cuts(program: Program, most: int, largest: float = MOST) -> list[Cut]:

@@ -47,7 +47,7 @@ class Schedule:
     timesteps: tuple[float, ...]
     """The timestep of each step, as the sampler was compiled for."""
     sources: tuple[tuple[Source, ...], ...]
-    """Of each step what it sums in place of computing the value; a step with none computes all."""
+    """What each step sums in place of computing the value; a step with none computes all."""
 
     @property
     def kept(self) -> frozenset[int]:
