@@ -28,7 +28,7 @@ from benchmarks import documents
 from benchmarks.cells import RESULTS
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
-from mpq_compiler.analysis.reuse_losses import Drawing, MarkedDrawing
+from mpq_compiler.analysis.reuse_losses import Drawing, MarkedDrawing, relative_error
 from mpq_compiler.api import compile
 from mpq_compiler.evaluation import metrics
 from mpq_compiler.evaluation.features import features_for
@@ -101,8 +101,7 @@ def of_the_float_model(model: str, steps: int, schedule: Schedule) -> float:
     reuse.mark(program, schedule.node)
     drawing = Drawing(session, steps, JUDGED_FLOAT)
     marked = MarkedDrawing(drawing, program, schedule.kept)
-    error = np.square(marked.by(schedule).astype(np.float64) - marked.whole).sum()
-    return round(float(10 * np.log10(np.square(marked.whole.astype(np.float64)).sum() / error)), 2)
+    return round(float(-10 * np.log10(relative_error(marked.by(schedule), marked.whole))), 2)
 
 
 def milliseconds(painters: dict[str, Painter], steps: int) -> dict[str, float]:

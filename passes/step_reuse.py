@@ -107,8 +107,8 @@ class StepReuse(Pass):
         stretches = stretches_of(self.steps, self.stretches)
         options = options_of(stretches, self.orders)
         inputs = program.facts[SENSITIVITY].get("inputs", 1)
-        about = f"{self.text()} {self.steps} {self.images} {self.weights} {self.activations} {session.seed} {inputs}"
-        key = fingerprint(program, program.facts[CALIBRATION].select(inputs), f"reuse 1 {about}")
+        about = f"reuse 1 {self.options()} {session.seed} {inputs}"
+        key = fingerprint(program, program.facts[CALIBRATION].select(inputs), about)
         results = cache.Results("sensitivity", key, session.cache)
         names = {(cut, option): f"{cut.node} {option.stretch} {option.name}" for cut in cuts for option in options}
         if GAIN not in results or any(name not in results for name in names.values()):

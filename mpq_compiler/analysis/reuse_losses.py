@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mpq_compiler.analysis.trajectory_error import PART, SEED
+from mpq_compiler.analysis.noise_power import noise_power
+from mpq_compiler.analysis.trajectory_error import PART, SEED, drawn_as
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import reuse
 from mpq_compiler.ir.facts import Fact
@@ -17,7 +18,6 @@ from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.sampling.reuse import Functions, KeptSteps, Schedule, conditions_key, sources_of
 from mpq_compiler.support.execution import batches
 
@@ -114,16 +114,7 @@ class Drawing:
 
     def draw(self, model: Callable[..., np.ndarray]) -> np.ndarray:
         """The latents that a model draws, float32 [count, C, H, W]."""
-        return sampling.sample(
-            model,
-            self.denoiser.scheduler,
-            sampling.gaussian(self.count, self.denoiser.latent_shape, self._seed),
-            steps=self.steps,
-            **self.denoiser.conditioning.arguments(self._conditions, self.count, self.denoiser.guidance),
-            latent=self.denoiser.latent,
-            seed=self._seed,
-            batch=self.count,
-        )
+        return drawn_as(self.denoiser, model, self._conditions, self.count, self.steps, self._seed)
 
     def run(self, program: Program, inputs: Mapping[str, np.ndarray]) -> np.ndarray:
         """The output of a program for the inputs of a call, in parts on the session's jobs."""
@@ -190,5 +181,4 @@ class MarkedDrawing:
 
 def relative_error(drawn: np.ndarray, expected: np.ndarray) -> float:
     """The squared error of latents over the squared latents."""
-    expected = expected.astype(np.float64)
-    return float(np.square(drawn - expected).sum() / np.square(expected).sum())
+    return noise_power(torch.from_numpy(drawn), torch.from_numpy(expected))

@@ -141,23 +141,36 @@ class TrajectoryError:
 
     def draw(self, model: Callable[..., np.ndarray], observe: Callable[[Call], None] | None = None) -> np.ndarray:
         """Draws the images by another model, float32 [count, C, H, W]; ``observe`` sees every call."""
-        return sampling.sample(
-            model,
-            self.denoiser.scheduler,
-            sampling.gaussian(self.count, self.denoiser.latent_shape, self.seed),
-            steps=self.steps,
-            **self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance),
-            latent=self.denoiser.latent,
-            seed=self.seed,
-            batch=self.count,
-            observe=observe,
-        )
+        return drawn_as(self.denoiser, model, self.conditions, self.count, self.steps, self.seed, observe)
 
     @property
     def guidance(self) -> float:
         """The scale of classifier-free guidance; 1 is without."""
         given = self.denoiser.conditioning.arguments(self.conditions, self.count, self.denoiser.guidance)
         return float(given.get("guidance", 1.0))
+
+
+def drawn_as(
+    denoiser: Denoiser,
+    model: Callable[..., np.ndarray],
+    conditions: Any,
+    count: int,
+    steps: int,
+    seed: int,
+    observe: Callable[[Call], None] | None = None,
+) -> np.ndarray:
+    """The latents that a model draws as a denoiser does, by its sampler and guidance: float32 [count, C, H, W]."""
+    return sampling.sample(
+        model,
+        denoiser.scheduler,
+        sampling.gaussian(count, denoiser.latent_shape, seed),
+        steps=steps,
+        **denoiser.conditioning.arguments(conditions, count, denoiser.guidance),
+        latent=denoiser.latent,
+        seed=seed,
+        batch=count,
+        observe=observe,
+    )
 
 
 def geometric_mean(values: np.ndarray) -> float:
