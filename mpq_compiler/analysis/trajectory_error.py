@@ -15,6 +15,7 @@ from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.sampling import loop as sampling
+from mpq_compiler.sampling.conditioning import Conditions
 from mpq_compiler.sampling.loop import Call
 from mpq_compiler.support.execution import batches
 
@@ -153,7 +154,7 @@ class TrajectoryError:
 def drawn_as(
     denoiser: Denoiser,
     model: Callable[..., np.ndarray],
-    conditions: Any,
+    conditions: Conditions,
     count: int,
     steps: int,
     seed: int,
