@@ -423,9 +423,9 @@ class BitAllocation(Pass):
         """Notes what steps reuse, where a solution has them reuse anything."""
         program.facts.pop(REUSE, None)
         known, candidate, choices = self._layer_times(session), best.reuse, best.solution.choices
-        if candidate is None or known is None or not (chosen := candidate.chosen(choices)):
+        if candidate is None or known is None or not (gaps := candidate.chosen(choices)):
             return
-        schedule = candidate.losses.schedule(candidate.cut, chosen)
+        schedule = candidate.losses.schedule(candidate.cut, gaps)
         program.facts[REUSE] = schedule
         steps, saved = len(schedule.timesteps), candidate.inside.saved(self._times(program, known), formats)
         program.facts[ALLOCATION] |= {
@@ -436,7 +436,7 @@ class BitAllocation(Pass):
                 "reused": schedule.reused,
                 "loss": candidate.loss(choices),
                 "saved_ms": schedule.reused / steps * saved / 1e3,
-                "stretches": {name: choices[name] for name in candidate.options},
+                "computed": [step + 1 for step, sources in enumerate(schedule.sources) if not sources],
             }
         }
 

@@ -24,8 +24,10 @@ class KeepValues(Pass):
 
     It is the identity: a step that computes all is what it would be without. Of the packed program there are two more
     then, of a step that puts the value out too and of one that takes it from earlier steps and computes what is left
-    (`ir.reuse`). What all of it loses is measured with the plan's bits, beside the sum of the losses that chose it.
-    With ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858), and nothing is measured.
+    (`ir.reuse`). With the plan's bits images are drawn, by which the weights of kept values are fitted
+    (`MarkedDrawing.fitted`), and what all of it loses is measured, beside the sum of the losses that chose it. With
+    ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858). Where nothing can be drawn values are
+    extrapolated, with a note.
 
         %up_blocks_1_resnets_0_add_1          = aten.add(%up_blocks_1_resnets_0_conv_shortcut, ...)
       =>
@@ -42,19 +44,16 @@ class KeepValues(Pass):
     """Every so many steps one computes all, whatever was decided; 0: as decided."""
     begin: float = 0.3
     """The share of the steps before that, which all compute all; with ``every``."""
-    order: int = 1
-    """0 takes the last value, 1 extrapolates the last two; with ``every``."""
     share: float = 1.0
     """The most that a step leaves out, of the multiplications; with ``every``."""
     steps: int = 20
     """Sampling steps; with ``every``."""
     images: int = 16
-    """Images that measure what all that was decided loses together."""
+    """Images by which weights are fitted, and what all that was decided loses together is measured."""
 
     def __post_init__(self) -> None:
         self.require("every", 0)
         self.require("begin", 0, 1)
-        self.require("order", 0, 1)
         self.require("share", 0, 1)
         self.require("steps", 2)
         self.require("images", 1)
@@ -65,22 +64,28 @@ class KeepValues(Pass):
             program.facts[REUSE] = self._by_hand(program, session)
         if (chosen := program.facts.get(REUSE)) is None:
             return program
-        losses, plan = program.facts.get(REUSE_LOSSES), program.facts.get(ALLOCATION, {}).get("reuse")
         measured = None
-        if losses is not None and plan is not None and not self.every:
-            measured = rounded(self._loss(program, chosen, session) / losses.gain)
-            program.facts[ALLOCATION] |= {"reuse": plan | {"measured": measured}}
+        if session.denoiser is not None and session.denoiser.conditioning.possible:
+            chosen, error = self._fitted(program, chosen, session)
+            program.facts[REUSE] = chosen
+            losses, plan = program.facts.get(REUSE_LOSSES), program.facts.get(ALLOCATION, {}).get("reuse")
+            if losses is not None and plan is not None and not self.every:
+                measured = rounded(error / losses.gain)
+                program.facts[ALLOCATION] |= {"reuse": plan | {"measured": measured}}
+        else:
+            program.note("keep-values: nothing can be drawn here, and values are extrapolated by the timestep")
         mark(program, chosen.node)
         provenance.note(program, provenance.PROGRAM, self.name(), reuse=chosen.to_json(), measured=measured)
         return program
 
-    def _loss(self, program: Program, schedule: Schedule, session: Session) -> float:
-        """The noise power of the plan's images by the schedule, beside those of steps that compute all."""
+    def _fitted(self, program: Program, schedule: Schedule, session: Session) -> tuple[Schedule, float]:
+        """The schedule with fitted weights, and its noise power beside the plan's images with every step computed."""
         marked = realize(program.fork(tensors=TensorStore(program.tensors)), session)
         mark(marked, schedule.node)
         drawing = Drawing(session, len(schedule.timesteps), self.images)
         drawn = MarkedDrawing(drawing, marked, schedule.kept)
-        return relative_error(drawn.by(schedule), drawn.whole)
+        found, latents = drawn.fitted(schedule)
+        return found, relative_error(latents, drawn.whole)
 
     def _by_hand(self, program: Program, session: Session) -> Schedule:
         """The schedule of the options. UserError: no value stands for a part of the network worth keeping."""
@@ -94,4 +99,4 @@ class KeepValues(Pass):
         timesteps = [float(t) for t in session.denoiser.scheduler.timesteps(self.steps)]
         first = max(1, round(self.begin * self.steps))
         whole = [step < first or (step - first) % self.every == 0 for step in range(self.steps)]
-        return Schedule(found.node, tuple(timesteps), sources_of(whole, timesteps, [self.order] * self.steps))
+        return Schedule(found.node, tuple(timesteps), sources_of(whole, timesteps))

@@ -12,12 +12,12 @@ from mpq_compiler.analysis.reuse_losses import (
     REUSE_LOSSES,
     Drawing,
     MarkedDrawing,
-    Option,
+    Gap,
     ReuseLosses,
-    options_of,
+    of_all_gaps,
     relative_error,
-    schedule_of,
-    stretches_of,
+    schedule_of_one,
+    some_gaps,
 )
 from mpq_compiler.ir import provenance, reuse
 from mpq_compiler.ir.findings import SENSITIVITY
@@ -35,16 +35,17 @@ GAIN = "gain"
 
 @dataclass(frozen=True)
 class StepReuse(Pass):
-    """Measures, for cuts of the network and stretches of steps, what reuse costs the images of the quantized model.
+    """Measures, for cuts of the network and steps in a row, what reuse costs the images of the quantized model.
 
     Deep parts of a denoiser change little from step to step (DeepCache, arXiv 2312.00858). Candidates come from the
-    graph alone (`ir.reuse.cuts`): the inner part of a UNet behind each skip, the blocks of a transformer. Each is tried
-    in each stretch of the schedule, with every second, third ... step computed, the value taken as it was (order 0) or
-    extrapolated from the last two (order 1). A plain plan, one weight format and one width, quantizes: extrapolation
-    amplifies its noise, and the loss has that in it. Losses are in the unit of `sensitivity`, so that the program of
-    `bit-allocation` sums them with those of bits.
+    graph alone (`ir.reuse.cuts`): the inner part of a UNet behind each skip, the blocks of a transformer. For each, one,
+    two, three ... steps in a row take a sum of the last three values that were computed, with the weights that come
+    nearest to what would be computed there (`MarkedDrawing.fitted`), at a few places of the schedule; losses at others
+    lie between. A plain plan, one weight format and one width, quantizes: reuse may amplify its noise, and weights and
+    losses have that in them. Losses are in the unit of `sensitivity`, so that the program of `bit-allocation` sums them
+    with those of bits.
 
-        (no change; facts["reuse-losses"] holds the loss of each option at each cut)
+        (no change; facts["reuse-losses"] holds the loss of each number of steps in a row, from each step on)
       =>
         (no change)
     """
@@ -61,10 +62,8 @@ class StepReuse(Pass):
     """Sampling steps, for which the schedule is made."""
     cuts: int = 3
     """Most values that could be kept; one is chosen."""
-    stretches: int = 4
-    """Stretches of steps, each with its own interval."""
-    orders: tuple[int, ...] = (0, 1)
-    """0 takes the last value, 1 extrapolates the last two."""
+    places: int = 8
+    """Places of the schedule where losses are measured."""
     images: int = 16
     """Images to draw."""
     weights: str = "int4"
@@ -75,9 +74,8 @@ class StepReuse(Pass):
     def __post_init__(self) -> None:
         formats.get(self.weights)
         self.require("steps", 2)
-        self.require("orders", 0, 1)
         self.require("activations", 2, 8)
-        for option in ("cuts", "stretches", "images"):
+        for option in ("cuts", "places", "images"):
             self.require(option, 1)
 
     def run(self, program: Program, session: Session) -> Program:
@@ -89,45 +87,41 @@ class StepReuse(Pass):
         if not cuts:
             program.note("step-reuse: no value stands for a part of the network that is worth keeping")
             return program
-        losses, gain = self._measured(program, cuts, session)
-        stretches = stretches_of(self.steps, self.stretches)
+        measured, gain = self._measured(program, cuts, session)
         times = tuple(float(t) for t in session.denoiser.scheduler.timesteps(self.steps))
-        program.facts[REUSE_LOSSES] = ReuseLosses(times, stretches, losses, gain)
-        stated = {c.node: {f"{o.stretch}: {o.name}": loss for o, loss in each.items()} for c, each in losses.items()}
+        losses = {cut: of_all_gaps(each, self.steps) for cut, each in measured.items()}
+        program.facts[REUSE_LOSSES] = ReuseLosses(times, losses, gain)
+        stated = {c.node: {f"{g.length} behind {g.begin}": loss for g, loss in each.items()} for c, each in measured.items()}
         shares = {cut.node: round(cut.share, 3) for cut in cuts}
-        provenance.note(
-            program, provenance.PROGRAM, self.name(), stretches=stretches, share=shares, losses=stated, gain=gain
-        )
+        provenance.note(program, provenance.PROGRAM, self.name(), share=shares, losses=stated, gain=gain)
         return program
 
     def _measured(
         self, program: Program, cuts: Sequence[reuse.Cut], session: Session
-    ) -> tuple[dict[reuse.Cut, dict[Option, float]], float]:
+    ) -> tuple[dict[reuse.Cut, dict[Gap, float]], float]:
         """The losses, and the noise power of images over their unit; the cache keeps them."""
-        stretches = stretches_of(self.steps, self.stretches)
-        options = options_of(stretches, self.orders)
         inputs = program.facts[SENSITIVITY].get("inputs", 1)
-        about = f"reuse 1 {self.options()} {session.seed} {inputs}"
+        about = f"reuse 2 {self.options()} {session.seed} {inputs}"
         key = fingerprint(program, program.facts[CALIBRATION].select(inputs), about)
         results = cache.Results("sensitivity", key, session.cache)
-        names = {(cut, option): f"{cut.node} {option.stretch} {option.name}" for cut in cuts for option in options}
+        gaps = some_gaps(self.steps, self.places)
+        names = {(cut, gap): f"{cut.node} {gap.begin} {gap.length}" for cut in cuts for gap in gaps}
         if GAIN not in results or any(name not in results for name in names.values()):
-            self._measure(program, cuts, stretches, names, inputs, results, session)
+            self._measure(program, cuts, names, inputs, results, session)
         else:
             session.reuse(f"{len(names)} losses of reuse")
-        return {cut: {o: results[names[cut, o]] for o in options} for cut in cuts}, results[GAIN]
+        return {cut: {gap: results[names[cut, gap]] for gap in gaps} for cut in cuts}, results[GAIN]
 
     def _measure(
         self,
         program: Program,
         cuts: Sequence[reuse.Cut],
-        stretches: Sequence[tuple[int, int]],
-        names: Mapping[tuple[reuse.Cut, Option], str],
+        names: Mapping[tuple[reuse.Cut, Gap], str],
         inputs: int,
         results: cache.Results,
         session: Session,
     ) -> None:
-        """Draws by every option, and adds its loss to the results; the first of all is the gain."""
+        """Draws by every gap, and adds its loss to the results; the first of all is the gain."""
         drawing = Drawing(session, self.steps, self.images)
         denoiser = drawing.denoiser
         expected = drawing.draw(lambda **inputs: denoiser(**inputs).numpy())
@@ -137,18 +131,21 @@ class StepReuse(Pass):
             for cut in cuts:
                 marked = simulated.fork()
                 reuse.mark(marked, cut.node)
-                drawn = MarkedDrawing(drawing, marked, {begin - 1 for begin, _ in stretches})
+                schedules = {
+                    name: schedule_of_one(cut, drawing.timesteps, gap) for (of, gap), name in names.items() if of is cut
+                }
+                drawn = MarkedDrawing(drawing, marked, set().union(*(s.kept for s in schedules.values())))
                 if GAIN not in results:
                     noise = noise_of_program(program, simulated, inputs, session)
                     results[GAIN] = rounded(relative_error(drawn.whole, expected) / noise)
-                for (of, option), name in names.items():
-                    if of is cut and name not in results:
-                        latents = drawn.by(schedule_of(cut, drawing.timesteps, stretches, [option]))
+                for name, schedule in schedules.items():
+                    if name not in results:
+                        _, latents = drawn.fitted(schedule)
                         results[name] = rounded(relative_error(latents, drawn.whole) / results[GAIN])
-                    advance(int(of is cut))
+                    advance(1)
 
     def demand(self, asked: Asked) -> Demand:
-        stretches = stretches_of(self.steps, self.stretches)
-        drawn = sum(self.steps - stretches[o.stretch][0] for o in options_of(stretches, self.orders))
+        if not asked.draws:
+            return Demand()
+        drawn = sum(self.steps - gap.begin + gap.length for gap in some_gaps(self.steps, self.places))
         return asked.running(self.images, self.images) * (self.cuts * (drawn + self.steps))
-

@@ -7,12 +7,14 @@ from typing import ClassVar
 
 from mpq_compiler import formats
 from mpq_compiler.analysis.time_weights import TIME_GAINS
-from mpq_compiler.analysis.trajectory_error import TrajectoryError
+from mpq_compiler.analysis.trajectory_error import IMAGE_STEPS, PART, TrajectoryError, runs_of_gains
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.program import Program
+from mpq_compiler.pipeline.demand import Asked, Demand, fitting
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize, uniform
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Rounding
 from mpq_compiler.quantization.statistics import MOMENTS, RANGE, VALUES, Statistic
 
 
@@ -64,3 +66,9 @@ class TimeGains(Pass):
         program.facts[TIME_GAINS] = found
         provenance.note(program, provenance.PROGRAM, self.name(), gains=found)
         return program
+
+    def demand(self, asked: Asked) -> Demand:
+        if not asked.draws:
+            return Demand()
+        fitted = fitting(asked.sizes.layers, [formats.get(self.weights)], Rounding.NEAREST)
+        return fitted + replace(asked.running(self.images, PART) * runs_of_gains(IMAGE_STEPS), serial=True)

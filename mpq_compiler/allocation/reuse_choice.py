@@ -2,17 +2,17 @@
 
 A layer that some steps leave out takes so much less time an image: time is then a product of two choices, the layer's
 format and the steps that compute it. It depends on the second by the number of steps that reuse alone. For each cut of
-the network and each such number the problem is a multiple-choice program again, in which the options of each stretch of
-steps are one more choice; the least of their optima is that of all.
+the network and each such number, with the steps that lose least, the problem is a multiple-choice program again; the
+least of their optima is that of all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
-from mpq_compiler.analysis.reuse_losses import Option, ReuseLosses
+from mpq_compiler.analysis.reuse_losses import Gap, ReuseLosses
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.findings import FormatCosts, SensitivityTable
 from mpq_compiler.ir.program import Program
@@ -21,11 +21,10 @@ from mpq_compiler.pipeline.session import Times
 
 Document = dict[str, Any]
 """A problem as JSON (schemas/allocation-problem.json)."""
-WHOLE = "whole"
-"""The choice of a stretch all of whose steps compute all."""
-GROUP = "reuse"
+GROUP, STEPS = "reuse", "steps"
+"""The group of the choice which steps reuse, and its name among the layers."""
 COMPUTED = "computed"
-"""The cost of a stretch: its steps that compute all."""
+"""Its cost: the steps that compute all."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +58,13 @@ class Candidate:
     cut: Cut
     inside: Inside
     count: int
-    least: float
-    """The least loss of so many."""
-    options: Mapping[str, Mapping[str, Option]] = field(compare=False)
-    """The options of each stretch, by the names of both in the problem."""
+    ladder: Mapping[int, tuple[float, tuple[Gap, ...]]]
+    """The least loss of every number of steps that reuse, and the gaps that have it."""
+
+    @property
+    def least(self) -> float:
+        """The least loss of so many."""
+        return self.ladder[self.count][0]
 
     @property
     def share(self) -> float:
@@ -87,59 +89,46 @@ class Candidate:
         return costs | {"microseconds": costs["microseconds"] * (1 - self.share)}
 
     def added(self, problem: Document) -> Document:
-        """The problem of bits with the stretches among its layers."""
+        """The problem of bits with the steps among its layers."""
         none = dict.fromkeys((budget["cost"] for budget in problem["budgets"]), 0.0)
-        layers = []
-        for name, options in self.options.items():
-            (begin, end) = self.losses.stretches[next(iter(options.values())).stretch]
-            choices = [{"name": WHOLE, "loss": 0.0, "costs": none | {COMPUTED: end - begin}}]
-            choices += [
-                {
-                    "name": text,
-                    "loss": self.losses.losses[self.cut][option],
-                    "costs": none | {COMPUTED: end - begin - self.losses.reused(option)},
-                }
-                for text, option in options.items()
-            ]
-            layers.append({"name": name, "group": GROUP, "choices": choices})
-        most = {"cost": COMPUTED, "max": len(self.losses.timesteps) - self.count, "group": GROUP}
-        return {**problem, "layers": [*problem["layers"], *layers], "budgets": [*problem["budgets"], most]}
+        steps = len(self.losses.timesteps)
+        choices = [
+            {"name": str(count), "loss": loss, "costs": none | {COMPUTED: steps - count}}
+            for count, (loss, _) in self.ladder.items()
+        ]
+        layer = {"name": STEPS, "group": GROUP, "choices": choices}
+        most = {"cost": COMPUTED, "max": steps - self.count, "group": GROUP}
+        return {**problem, "layers": [*problem["layers"], layer], "budgets": [*problem["budgets"], most]}
 
     def loss(self, choices: Mapping[str, str]) -> float:
         """The summed loss of what a solution has steps reuse."""
-        return sum(self.losses.losses[self.cut][option] for option in self.chosen(choices))
+        return self.ladder[int(choices[STEPS])][0]
 
-    def chosen(self, choices: Mapping[str, str]) -> list[Option]:
-        """The options that a solution chose."""
-        return [options[choices[name]] for name, options in self.options.items() if choices[name] != WHOLE]
+    def chosen(self, choices: Mapping[str, str]) -> tuple[Gap, ...]:
+        """The gaps that a solution chose."""
+        return self.ladder[int(choices[STEPS])][1]
 
 
 def candidates(losses: ReuseLosses, times: Times, program: Program) -> Iterator[Candidate]:
     """The cuts with each number of steps that can reuse, for each cut the most first."""
     for cut, measured in losses.losses.items():
-        inside = Inside.of(cut, times, program)
-        options: dict[str, dict[str, Option]] = {}
-        for option in measured:
-            begin, end = losses.stretches[option.stretch]
-            options.setdefault(f"steps {begin + 1} to {end}", {})[option.name] = option
-        least = _least(losses, cut, list(options.values()))
-        for count in range(len(least) - 1, 0, -1):
-            yield Candidate(losses, cut, inside, count, least[count], options)
+        inside, ladder = Inside.of(cut, times, program), ladder_of(measured, len(losses.timesteps))
+        for count in sorted(ladder, reverse=True):
+            if count:
+                yield Candidate(losses, cut, inside, count, ladder)
 
 
-def _least(losses: ReuseLosses, cut: Cut, stretches: list[dict[str, Option]]) -> list[float]:
-    """The least loss of at least so many steps that reuse, for each number of them."""
-    best = [0.0]
-    for options in stretches:
-        found = {0: 0.0}
-        for option in options.values():
-            count = losses.reused(option)
-            found[count] = min(found.get(count, float("inf")), losses.losses[cut][option])
-        joined = [float("inf")] * (len(best) + max(found))
-        for a, loss in enumerate(best):
-            for b, more in found.items():
-                joined[a + b] = min(joined[a + b], loss + more)
-        best = joined
-    for count in range(len(best) - 2, -1, -1):
-        best[count] = min(best[count], best[count + 1])
-    return best
+def ladder_of(losses: Mapping[Gap, float], steps: int) -> dict[int, tuple[float, tuple[Gap, ...]]]:
+    """The least summed loss of every number of steps that reuse, with the gaps that have it: a shortest path."""
+    behind: dict[int, list[tuple[Gap, float]]] = {}
+    for gap, loss in losses.items():
+        behind.setdefault(gap.begin, []).append((gap, loss))
+    best: list[dict[int, tuple[float, tuple[Gap, ...]]]] = [{} for _ in range(steps + 1)]
+    best[0][0] = (0.0, ())
+    for step in range(steps):
+        for count, (loss, gaps) in best[step].items():
+            for gap, more in ((Gap(step, 0), 0.0), *behind.get(step, ())):
+                found = loss + more, (*gaps, gap) if gap.length else gaps
+                there = best[gap.end]
+                there[count + gap.length] = min(there.get(count + gap.length, found), found)
+    return best[steps]

@@ -29,6 +29,14 @@ IMAGE_STEPS = 10
 """The number of sampling steps of a held-out image, at most."""
 
 
+def runs_of_gains(steps: int) -> int:
+    """How often `TrajectoryError.gains` runs a model, and what draws its images, in so many steps.
+
+    Once in a step for the images, once in each for the program, and in those behind it for what becomes of its error.
+    """
+    return 2 * steps + steps * (steps - 1) // 2
+
+
 @dataclass
 class TrajectoryError:
     """Images of the float model, by which programs are judged, or trained."""

@@ -200,13 +200,14 @@ class Reuse(TypedDict):
     """What steps of a sampler take from earlier ones (`sampling.reuse.Schedule`), and by which functions."""
 
     node: str
-    shape: list[int]
+    """That of the value that is kept, or ``output``, which takes no functions."""
+    shape: NotRequired[list[int]]
     """The shape of the kept value of a sample, float32."""
     timesteps: list[float]
     sources: list[list[list[float]]]
     """The steps whose kept values each step sums, with their weights; a step with none computes all."""
-    keeping: list[str]
-    reusing: list[str]
+    keeping: NotRequired[list[str]]
+    reusing: NotRequired[list[str]]
 
 
 class Manifest(TypedDict):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_compiler.cli import options, shares
+from mpq_compiler.sampling.reuse import OUTPUT
 from mpq_compiler.support import terminal, usage
 from mpq_compiler.support.errors import UserError
 
@@ -258,9 +259,12 @@ def _predicted(about: dict[str, Any]) -> str:
 def _reused(about: ReusePlan) -> str:
     """What steps reuse, in words."""
     lost = [f"{-10 * math.log10(loss):.1f}" for loss in (about["loss"], about["measured"])]
+    left = f"leave out {about['share']:.0%} of the multiplications, behind '{about['node']}'"
+    if about["node"] == OUTPUT:
+        left = "compute nothing, and sum earlier outputs"
     return (
-        f"{about['reused']} of {about['steps']} steps leave out {about['share']:.0%} of the multiplications, behind "
-        f"'{about['node']}': {lost[0]} dB by the sum of its losses, {lost[1]} measured together"
+        f"{about['reused']} of {about['steps']} steps {left}: {lost[0]} dB by the sum of its losses, {lost[1]} measured "
+        "together"
     )
 
 

@@ -142,6 +142,7 @@ class Workload:
             rows,
             requests,
             getattr(allocator, "uniform", None),
+            denoiser.conditioning.possible,
             bool(getattr(allocator, "measures_together", False)),
         )
         demands = [(step.name(), step.demand(replace(asked, earlier=passes[:i]))) for i, step in enumerate(passes)]
@@ -158,8 +159,7 @@ class Workload:
         found, disk, base = [], 0.0, self.held + RUNNING + jobs * self.workers
         for name, demand in self.demands:
             cpu, disk = demand.cpu_seconds(speed), disk + demand.disk
-            seconds = cpu / (1 if demand.serial else jobs)
-            found.append(Step(name, cpu, seconds, int(MARGIN * (base + demand.memory(jobs))), int(disk)))
+            found.append(Step(name, cpu, demand.elapsed(speed, jobs), int(MARGIN * (base + demand.memory(jobs))), int(disk)))
         return Estimate(jobs, found)
 
 

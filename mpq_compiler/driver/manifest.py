@@ -31,7 +31,7 @@ from mpq_compiler.pipeline.backend import Built
 from mpq_compiler.pipeline.passes import Pass, Role
 from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.sampling import call_tree, text_encoder
-from mpq_compiler.sampling.reuse import Schedule
+from mpq_compiler.sampling.reuse import OUTPUT, Schedule
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.files import encode_json, sha256
 from mpq_compiler.targets import table as targets
@@ -152,7 +152,9 @@ def _origin(
 
 
 def _reuse(schedule: Schedule, program: Program, built: Built) -> Reuse:
-    """The manifest's entry on what steps reuse, with the functions of steps that keep and that reuse."""
+    """The manifest's entry on what steps reuse, with the functions of steps that keep and that reuse a node's value."""
+    if schedule.node == OUTPUT:
+        return Reuse(**schedule.to_json())
     names = [str(function["name"]) for function in built.functions]
     keeping, reusing = ([name for name in names if name.endswith(f"_{k}")] for k in (reuse.KEEPING, reuse.REUSING))
     return Reuse(**schedule.to_json(), shape=list(reuse.kept_shape(program)), keeping=keeping, reusing=reusing)

@@ -153,6 +153,11 @@ class Format(ABC):
         return 14
 
     @property
+    def walks(self) -> int:
+        """How often GPTQ walks over the columns of a weight until its codes are chosen."""
+        return 1
+
+    @property
     def integer(self) -> bool:
         """Whether layers multiply its codes by quantized activations; else they compute in float."""
         return True

@@ -56,6 +56,10 @@ class EntropyFormat(Format):
         return 8
 
     @property
+    def walks(self) -> int:
+        return 5
+
+    @property
     def index_bits(self) -> int:
         """Those of a code in memory."""
         return 4 if self.rate <= FOUR_BITS else 8

@@ -82,7 +82,8 @@ class ReusePlan(TypedDict):
     """What all of it loses together."""
     saved_ms: float
     """Milliseconds of a step on average."""
-    stretches: dict[str, str]
+    computed: list[int]
+    """The steps that compute all, from 1."""
 
 
 ALLOCATION = Fact[dict[str, Any]]("allocation")

@@ -17,14 +17,14 @@ from mpq_compiler.ir.graph import operand, prune
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import InputSpec, Program
 from mpq_compiler.ir.specialization import Specialization
-from mpq_compiler.sampling.reuse import KEPT, SLOTS, WEIGHTS, Schedule
+from mpq_compiler.sampling.reuse import KEPT, OUTPUT, SLOTS, WEIGHTS, Schedule
 
 REUSE = Fact[Schedule]("reuse")
 """What steps reuse, where a budget of time asked for it."""
 KEEPING, REUSING = "keeping", "reusing"
 """The ends of the names of functions of steps that keep a value, and of steps that reuse one."""
 LEAST, MOST = 0.25, 0.97
-"""The share of the multiplications that a cut is worth considering for."""
+"""The share of the multiplications that a cut within the network is worth considering for."""
 ALIKE, APART = 0.02, 0.1
 """Cuts whose shares differ by no more are one, with the smallest value; those considered differ by so much."""
 
@@ -40,34 +40,64 @@ class Cut:
     """The share of the multiply-accumulates of a call."""
 
 
-def cuts(program: Program, most: int, largest: float = MOST) -> list[Cut]:
+def cuts(program: Program, most: int, largest: float = 1.0) -> list[Cut]:
     """Where a laid-out program can be cut, by structure alone: at most so many, by descending share up to the largest.
 
     A step that has the value of a node need not compute what the output reads through it alone. Of the inner parts of a
     UNet behind each skip (DeepCache, arXiv 2312.00858) and of the blocks of a transformer, the node is the one behind.
+    The first cut is behind the whole network (AdaptiveDiffusion, arXiv 2410.09873).
     """
     work, sizes = macs(program), shapes(program, 1)
+    changing, behind = _read_latents(program), _behind(program.graph)
+    inside = {node: work.get(node.name, 0) for node in program.graph.nodes}
+    for node, reader in reversed(behind.items()):  # in the order of the graph
+        inside[reader] += inside[node]
     total = sum(work.values())
-    changing = _read_latents(program)
-    found: list[tuple[float, int, Cut]] = []
+    found: list[tuple[float, int, fx.Node]] = []
     for node in program.graph.nodes:
         if node.op != "call_function" or node not in changing or not torch.is_tensor(sizes.get(node.name)):
             continue
-        value = sizes[node.name]
+        value, share = sizes[node.name], inside[node] / total
         if value.dtype != torch.float32 or value.dim() < 3 or value.shape[0] != 1:
             continue
-        left = _needed(program, node)
-        inside = frozenset(n.name for n in program.graph.nodes if n not in left or n is node)
-        share = sum(work.get(name, 0) for name in inside) / total
         if LEAST <= share <= min(largest, MOST):
-            found.append((share, value.numel(), Cut(node.name, inside, share)))
+            found.append((share, value.numel(), node))
     found.sort(key=lambda each: -each[0])
-    chosen: list[Cut] = []
+    every = frozenset(node.name for node in program.graph.nodes)
+    chosen = [Cut(OUTPUT, every, 1.0)] if most and largest >= 1 else []
     while found and len(chosen) < most:
-        alike = [each for each in found if each[0] >= found[0][0] - ALIKE]
-        chosen.append(min(alike, key=lambda each: each[1])[2])
-        found = [each for each in found if each[0] < chosen[-1].share - APART]
+        share, _, node = min((each for each in found if each[0] >= found[0][0] - ALIKE), key=lambda each: each[1])
+        chosen.append(Cut(node.name, _inside(node, behind), share))
+        found = [each for each in found if each[0] < share - APART]
     return chosen
+
+
+def _behind(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The next node behind each that is on every way from it to the output: its immediate post-dominator."""
+    behind: dict[fx.Node, fx.Node] = {}
+    depth = {graph.output_node(): 0}
+    for node in reversed(graph.nodes):
+        readers = [user for user in node.users if user in depth]
+        if not readers:
+            continue
+        common, *others = readers
+        for other in others:
+            while common is not other:
+                if depth[common] < depth[other]:
+                    other = behind[other]
+                else:
+                    common = behind[common]
+        behind[node], depth[node] = common, depth[common] + 1
+    return behind
+
+
+def _inside(node: fx.Node, behind: dict[fx.Node, fx.Node]) -> frozenset[str]:
+    """The names of a node and of what only it needs."""
+    found = {node}
+    for other, reader in behind.items():  # from the end of the graph
+        if reader in found:
+            found.add(other)
+    return frozenset(each.name for each in found)
 
 
 def _read_latents(program: Program) -> set[fx.Node]:
@@ -79,20 +109,13 @@ def _read_latents(program: Program) -> set[fx.Node]:
     return found
 
 
-def _needed(program: Program, given: fx.Node) -> set[fx.Node]:
-    """The nodes that the output reads, directly or not, where the value of one is given."""
-    seen: set[fx.Node] = set()
-    left = [program.graph.output_node()]
-    while left:
-        node = left.pop()
-        if node not in seen:
-            seen.add(node)
-            left += () if node is given else node.all_input_nodes
-    return seen
-
-
 def mark(program: Program, name: str) -> None:
-    """Puts ``mpq::keep`` behind a node: it takes the name, by which plans know the value, and its readers."""
+    """Puts ``mpq::keep`` behind a node: it takes the name, by which plans know the value, and its readers.
+
+    The output needs no mark: who calls has it.
+    """
+    if name == OUTPUT:
+        return
     node = program.node(name)
     with program.graph.inserting_after(node):
         kept = program.graph.call_function(ops.keep, (node,))
@@ -147,7 +170,9 @@ def reusing(program: Program) -> Program:
             weight = _named(f"{node.name}_weight{slot}", graph, aten.select.int, weights, 1, slot)
             scale = _named(f"{node.name}_scale{slot}", graph, aten.reshape.default, weight, [-1, *[1] * len(shape)])
             read.append(_named(f"{node.name}_term{slot}", graph, aten.mul.Tensor, value, scale))
-        total = _named(f"{node.name}_reused", graph, aten.add.Tensor, *read)
+        total, *others = read
+        for slot, term in enumerate(others, 1):
+            total = _named(f"{node.name}_sum{slot}", graph, aten.add.Tensor, total, term)
     node.replace_all_uses_with(total)
     prune(graph)
     total.name = node.name  # by which plans know it

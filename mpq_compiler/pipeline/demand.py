@@ -37,6 +37,8 @@ class Demand:
     """Bytes that are read and written one element after the other."""
     steps: float = 0.0
     """Operators that are called on small tensors, whose time is that of the call."""
+    calls: float = 0.0
+    """The same where one interpreter calls them for all jobs, which then take turns."""
     seconds: float = 0.0
     """CPU seconds that an option gives, rather than the work."""
     held: float = 0.0
@@ -54,6 +56,7 @@ class Demand:
             self.products + other.products,
             self.traffic + other.traffic,
             self.steps + other.steps,
+            self.calls + other.calls,
             self.seconds + other.seconds,
             max(self.held, other.held),
             max(self.shared, other.shared),
@@ -63,13 +66,18 @@ class Demand:
 
     def __mul__(self, count: float) -> Demand:
         """The work as often as that, one after the other."""
-        work = {name: count * getattr(self, name) for name in ("products", "traffic", "steps", "seconds")}
+        work = {name: count * getattr(self, name) for name in ("products", "traffic", "steps", "calls", "seconds")}
         return replace(self, **work)
 
     def cpu_seconds(self, speed: Speed) -> float:
         """The CPU seconds that the work takes at a speed."""
-        work = self.products / speed.products + self.traffic / speed.traffic + self.steps / speed.steps
-        return SLOWER * work + self.seconds
+        work = self.products / speed.products + self.traffic / speed.traffic
+        return SLOWER * (work + (self.steps + self.calls) / speed.steps) + self.seconds
+
+    def elapsed(self, speed: Speed, jobs: int) -> float:
+        """The seconds that it takes in so many jobs."""
+        in_turn = SLOWER * self.calls / speed.steps
+        return in_turn + (self.cpu_seconds(speed) - in_turn) / (1 if self.serial else jobs)
 
     def memory(self, jobs: int) -> float:
         """The bytes that it takes beside what there is already, in so many jobs."""
@@ -117,8 +125,10 @@ TRIAL = 100
 """Bytes of traffic that stand for a number of a weight being quantized and compared."""
 F64 = 2
 """How much longer a product takes in f64."""
-STEPS_OF_COLUMN = 12
-"""Operators that GPTQ calls for a column of a weight."""
+CALLS_OF_COLUMN = 8
+"""Operators that GPTQ calls for a column of a weight in a walk over them."""
+CALLS_OF_SEARCH = 400
+"""Operators that are called to search the step of an entropy-coded weight."""
 
 
 def searching(values: float) -> Demand:
@@ -133,6 +143,7 @@ def fitting(layers: Sequence[LayerSize], chosen: Sequence[Format], rounding: Rou
     """
     gptq = rounding != Rounding.NEAREST
     trials = sum(f.trials for f in chosen)
+    walks, searched = max((f.walks for f in chosen), default=1), sum(f.walks > 1 for f in chosen)
     found = Demand()
     for layer in layers:
         rows = min(layer.rows, max(FEWEST_ROWS, round(share * layer.rows)))
@@ -143,7 +154,8 @@ def fitting(layers: Sequence[LayerSize], chosen: Sequence[Format], rounding: Rou
         if gptq:
             factors = F64 * blocks * block**3 / 3
             walked = len(chosen) * numbers * block * 2.5  # half of the columns behind each, and two errors by moments
-            work += Demand(products=factors + walked, steps=STEPS_OF_COLUMN * layer.columns)
+            calls = CALLS_OF_COLUMN * walks * layer.columns + CALLS_OF_SEARCH * searched
+            work += Demand(products=factors + walked, calls=calls)
         held = 4 * layer.numbers + (10 if gptq else 2) * numbers * (1 if rows == layer.rows else len(chosen))
         found += work + Demand(held=THREAD + held + (5 * 8 * block**2 if gptq else 0))
     return found
@@ -161,6 +173,8 @@ class Asked:
     """Requests of all passes."""
     uniform: str | None = None
     """The one format of all weights, where the plan has one."""
+    draws: bool = True
+    """Whether the model can draw, so that passes that judge by images do."""
     rounded: bool = False
     """Whether the allocation rounds the whole plan to measure it, and leaves its fits to those who round."""
     earlier: Sequence[object] = ()

@@ -38,7 +38,7 @@ from mpq_compiler.sampling.call_tree import (
     require_constants,
 )
 from mpq_compiler.sampling.convention import Convention
-from mpq_compiler.sampling.reuse import Functions, KeptSteps, Schedule
+from mpq_compiler.sampling.reuse import OUTPUT, Functions, KeptSteps, Schedule, of_outputs
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import Notice, UserError, nearest
 from mpq_compiler.support.execution import require_threads
@@ -573,15 +573,17 @@ class CompiledDenoiser:
         reuse = self.manifest.get("reuse")
         if reuse is None:
             return lambda **inputs: self.run(inputs)
-        every = self.manifest["functions"]
+        schedule, every = Schedule.from_json(reuse), self.manifest["functions"]
+        shape = tuple(int(extent or 0) for extent in self._kinds[0].functions[0]["output"]["shape"][1:])
+        if schedule.node == OUTPUT:
+            return KeptSteps(schedule, of_outputs(self.run), shape, shape, self.input_names[0])
         keeping, reusing = (_of_functions(every, names) for names in (reuse["keeping"], reuse["reusing"]))
         functions = Functions(
             whole=self.run,
             keeping=lambda inputs: self._run(self._fitted(inputs, keeping)),
             reusing=lambda inputs: self._run(self._fitted(inputs, reusing)),
         )
-        shape = tuple(int(extent or 0) for extent in self._kinds[0].functions[0]["output"]["shape"][1:])
-        return KeptSteps(Schedule.from_json(reuse), functions, shape, tuple(reuse["shape"]), self.input_names[0])
+        return KeptSteps(schedule, functions, shape, tuple(reuse["shape"]), self.input_names[0])
 
     @contextmanager
     def reusing(self) -> Iterator[None]:

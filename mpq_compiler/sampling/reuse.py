@@ -1,17 +1,19 @@
 """Reuse between the steps of a sampler: which steps compute all, and which take a part of the network as it was.
 
-Deep parts of a denoiser change little from step to step (DeepCache, arXiv 2312.00858). An artifact that was compiled
+Deep parts of a denoiser change little from step to step (DeepCache, arXiv 2312.00858), and so does what it puts out
+(AdaptiveDiffusion, arXiv 2410.09873). An artifact that was compiled
 for so many steps has a `Schedule`; here is who keeps the values, for the runtime as for the compiler, which measures
 what reuse costs by the same code. Nothing imports torch.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypedDict
 
 import numpy as np
@@ -21,8 +23,10 @@ from mpq_compiler.support.errors import Notice
 Array = np.ndarray
 KEPT, WEIGHTS = "kept", "kept_weights"
 """The inputs of a step that reuses: the kept values [B, `SLOTS`, ...], and what each counts for [B, `SLOTS`]."""
-SLOTS = 2
-"""The values that are kept at a time: of the last two steps that computed one."""
+SLOTS = 3
+"""The values that are kept at a time: of the last steps that computed one."""
+OUTPUT = "output"
+"""The value that is kept where a step that reuses computes nothing at all."""
 STREAMS = 4
 """The most sets of conditions whose values are kept at a time; guidance has two."""
 
@@ -43,7 +47,7 @@ class Schedule:
     """What each step of a sampler computes."""
 
     node: str
-    """The value that is kept."""
+    """The value that is kept: that of a node, or the `OUTPUT`."""
     timesteps: tuple[float, ...]
     """The timestep of each step, as the sampler was compiled for."""
     sources: tuple[tuple[Source, ...], ...]
@@ -59,6 +63,16 @@ class Schedule:
         """The number of steps that reuse."""
         return sum(map(bool, self.sources))
 
+    def weighted(self, weights: Mapping[int, Sequence[float]]) -> Schedule:
+        """The schedule with other weights for the sources of some steps."""
+        sources = [
+            tuple((of, float(weight)) for (of, _), weight in zip(each, weights[step], strict=True))
+            if step in weights
+            else each
+            for step, each in enumerate(self.sources)
+        ]
+        return replace(self, sources=tuple(sources))
+
     def to_json(self) -> Stated:
         """The manifest's entry, of which `from_json` makes an equal schedule."""
         sources = [[[float(number) for number in source] for source in step] for step in self.sources]
@@ -71,18 +85,15 @@ class Schedule:
         return cls(value["node"], tuple(map(float, value["timesteps"])), sources)
 
 
-def sources_of(
-    whole: Sequence[bool], timesteps: Sequence[float], orders: Sequence[int]
-) -> tuple[tuple[Source, ...], ...]:
-    """The sources of each step.
+def sources_of(whole: Sequence[bool], timesteps: Sequence[float]) -> tuple[tuple[Source, ...], ...]:
+    """The sources of each step: the last `SLOTS` that computed the value.
 
-    Order 0 takes the last value, order 1 extrapolates the last two by the timestep: ``v1 + r (v1 - v0)`` with
-    ``r = (t - t1) / (t1 - t0)``. Before there are two, the last value is taken.
+    The last two are extrapolated by the timestep, ``v1 + r (v1 - v0)`` with ``r = (t - t1) / (t1 - t0)``, and those
+    before count nothing, until weights are fitted (`Schedule.weighted`). Before there are two, the last value is taken.
 
     Args:
         whole: whether a step computes all; the first does.
         timesteps: of the steps.
-        orders: of each step that reuses, 0 or 1.
     """
     found: list[tuple[Source, ...]] = []
     computed: list[int] = []
@@ -90,16 +101,19 @@ def sources_of(
         if all_ or not computed:
             computed.append(step)
             found.append(())
-            continue
-        last = computed[-1]
-        if orders[step] and len(computed) > 1:
-            before = computed[-2]
-            ratio = (timesteps[step] - timesteps[last]) / (timesteps[last] - timesteps[before])
-            ratio = float(np.float32(ratio))
-            found.append(((last, float(np.float32(1 + ratio))), (before, -ratio)))
         else:
-            found.append(((last, 1.0),))
+            found.append(extrapolated(step, computed[: -SLOTS - 1 : -1], timesteps))
     return tuple(found)
+
+
+def extrapolated(step: int, computed: Sequence[int], timesteps: Sequence[float]) -> tuple[Source, ...]:
+    """The sources of a step by the steps that computed, the last of them first (`sources_of`)."""
+    last, *earlier = computed
+    if not earlier:
+        return ((last, 1.0),)
+    before = earlier[0]
+    ratio = float(np.float32((timesteps[step] - timesteps[last]) / (timesteps[last] - timesteps[before])))
+    return (last, float(np.float32(1 + ratio))), (before, -ratio), *((other, 0.0) for other in earlier[1:])
 
 
 @dataclass
@@ -112,6 +126,23 @@ class Functions:
     """Computes all: [B, n], the output of each sample and behind it the kept value, both flat."""
     reusing: Callable[[Mapping[str, Array]], Array]
     """Computes what is left, from inputs with `KEPT` and `WEIGHTS`."""
+
+
+def of_outputs(whole: Callable[[Mapping[str, Array]], Array]) -> Functions:
+    """The functions of a denoiser whose outputs are what is kept: a step that reuses sums them, and calls nothing."""
+
+    def keeping(inputs: Mapping[str, Array]) -> Array:
+        found = whole(inputs)
+        flat = found.reshape(len(found), -1)
+        return np.concatenate([flat, flat], axis=1)
+
+    def reusing(inputs: Mapping[str, Array]) -> Array:
+        kept, weights = inputs[KEPT], inputs[WEIGHTS]
+        ones = [1] * (kept.ndim - 2)
+        first, *others = (kept[:, slot] * weights[:, slot].reshape(-1, *ones) for slot in range(SLOTS))
+        return functools.reduce(np.add, others, first)
+
+    return Functions(whole, keeping, reusing)
 
 
 @dataclass

@@ -9,14 +9,15 @@ import pytest
 
 from mpq_compiler.allocation import pose
 from mpq_compiler.allocation.problem import BudgetError, Problem
-from mpq_compiler.allocation.reuse_choice import WHOLE, Inside, candidates
+from mpq_compiler.allocation.reuse_choice import Inside, candidates, ladder_of
 from mpq_compiler.allocation.solver import solve
-from mpq_compiler.analysis.reuse_losses import Option, ReuseLosses, options_of, schedule_of, stretches_of
+from mpq_compiler.analysis.reuse_losses import Gap, ReuseLosses, gaps_of, of_all_gaps, schedule_of, some_gaps
 from mpq_compiler.ir import reuse
 from mpq_compiler.ir.costs import weight_path
 from tests.harness import programs
 
 STEPS = 6
+GAPS = [Gap(begin, length) for length in (1, 2) for begin in range(STEPS - length)]
 FORMATS = {"int2": (0.4, 20.0), "int4": (0.1, 30.0), "int8": (0.001, 50.0)}
 """Loss and microseconds of each layer, times a number of the layer's own."""
 
@@ -27,12 +28,7 @@ def setting():
     paths = sorted({str(weight_path(n)) for n in program.quantizable})
     chosen = [*paths[:2], paths[-1]]
     cuts = reuse.cuts(program, 2)
-    stretches = stretches_of(STEPS, 2)
-    options = options_of(stretches, (0, 1))
-    losses = {
-        cut: {o: 0.01 * (1 + c) * (1 + o.stretch) * o.interval * (2 - o.order) for o in options}
-        for c, cut in enumerate(cuts)
-    }
+    losses = {cut: {g: 0.01 * (1 + c) * (7 - g.begin) * g.length**1.5 for g in GAPS} for c, cut in enumerate(cuts)}
     factors = {path: 1.0 + i for i, path in enumerate(chosen)}
     nodes = {n.name: 1.0 for n in program.graph.nodes if n.op == "call_function"}
     times = SimpleNamespace(
@@ -53,27 +49,31 @@ def setting():
     }  # fmt: skip
     quantizable = [n for n in program.quantizable if weight_path(n) in chosen]
     fewer = SimpleNamespace(quantizable=quantizable)
-    return fewer, times, table, ReuseLosses(tuple(map(float, range(STEPS, 0, -1))), stretches, losses, 1.0)
+    return fewer, times, table, ReuseLosses(tuple(map(float, range(STEPS, 0, -1))), losses, 1.0)
+
+
+def sets_of_gaps(gaps) -> list[tuple[Gap, ...]]:
+    """Every set of gaps of which none begins before another's end."""
+    found = [()]
+    for gap in sorted(gaps):
+        found += [(*taken, gap) for taken in found if not taken or taken[-1].end <= gap.begin]
+    return found
 
 
 def by_trying(program, times, table, losses, most: float) -> float:
-    """The least loss over every plan, cut and option of each stretch that keeps the time."""
+    """The least loss over every plan, cut and set of gaps that keeps the time."""
     best = float("inf")
     paths = [*table["weights"]]
     for cut in losses.losses:
         inside = Inside.of(cut, times, program)
-        stretches = [
-            [None, *(o for o in losses.losses[cut] if o.stretch == number)] for number in range(len(losses.stretches))
-        ]
         for plan in itertools.product(FORMATS, repeat=len(paths)):
             formats = dict(zip(paths, plan, strict=True))
             bits = sum(table["weights"][p][f] for p, f in formats.items())
             whole = times.fixed + sum(times.layers[p][f] for p, f in formats.items())
-            for options in itertools.product(*stretches):
-                taken = [o for o in options if o is not None]
-                share = sum(map(losses.reused, taken)) / STEPS
+            for taken in sets_of_gaps(losses.losses[cut]):
+                share = sum(gap.length for gap in taken) / STEPS
                 if whole - share * inside.saved(times, formats) <= most * (1 + 1e-12):
-                    best = min(best, bits + sum(losses.losses[cut][o] for o in taken))
+                    best = min(best, bits + sum(losses.losses[cut][gap] for gap in taken))
     return best
 
 
@@ -91,24 +91,44 @@ def test_the_least_of_the_programs_is_the_least_of_all_combinations(part):
             continue
         if each is not None:
             assert each.loss(solution.choices) >= each.least - 1e-12
-            assert sum(map(losses.reused, each.chosen(solution.choices))) >= each.count
+            assert sum(gap.length for gap in each.chosen(solution.choices)) >= each.count
         found = min(found, solution.objective)
     assert found == pytest.approx(by_trying(program, times, table, losses, most), rel=1e-6)
 
 
-def test_options_reuse_more_with_longer_intervals_and_nothing_twice():
-    stretches = stretches_of(20, 5)
-    assert stretches == ((0, 4), (4, 8), (8, 12), (12, 16), (16, 20))
-    assert [(o.interval, o.order) for o in options_of(stretches, (0, 1)) if not o.stretch] == [
-        (2, 0), (2, 1), (4, 0), (4, 1),
-    ]  # fmt: skip
-    assert stretches_of(3, 5) == ((0, 3),)
+def test_the_steps_that_reuse_are_those_that_lose_least():
+    losses = setting()[3].losses
+    each = next(iter(losses.values()))
+    for count, (loss, gaps) in ladder_of(each, STEPS).items():
+        least = min(
+            sum(each[gap] for gap in taken) for taken in sets_of_gaps(each) if sum(g.length for g in taken) == count
+        )
+        assert loss == pytest.approx(least) == sum(each[gap] for gap in gaps)
+        assert sum(gap.length for gap in gaps) == count
 
 
-def test_a_schedule_computes_whole_steps_as_options_say():
+def test_gaps_are_measured_at_a_few_places_of_each_length():
+    gaps = gaps_of(20)
+    assert {gap.length for gap in gaps} == {1, 2, 3, 4} and len(gaps) == 19 + 18 + 17 + 16
+    assert {gap.length for gap in gaps_of(50)} == {1, 2, 3, 4, 6, 9}
+    some = some_gaps(20, 4)
+    assert [gap.begin for gap in some if gap.length == 2] == [0, 6, 11, 17]
+    assert some_gaps(20, 100) == gaps
+    assert gaps_of(2) == [Gap(0, 1)]
+
+
+def test_losses_between_are_interpolated_in_decibels():
+    measured = {Gap(0, 1): 1e-2, Gap(4, 1): 1e-6} | {gap: 1e-3 for gap in some_gaps(8, 2) if gap.length > 1}
+    measured[Gap(6, 1)] = 1e-4
+    found = of_all_gaps(measured, 8)
+    assert found[Gap(1, 1)] == pytest.approx(1e-3) and found[Gap(5, 1)] == pytest.approx(1e-5)
+    assert [*found] == gaps_of(8) and all(found[gap] == loss for gap, loss in measured.items())
+
+
+def test_a_schedule_computes_whole_steps_as_gaps_say():
     _, _, _, losses = setting()
     cut = next(iter(losses.losses))
-    found = schedule_of(cut, losses.timesteps, losses.stretches, [Option(1, 3, 0)])
-    assert [bool(sources) for sources in found.sources] == [False] * 4 + [True] * 2
-    assert found.node == cut.node and found.reused == losses.reused(Option(1, 3, 0)) == 2
-    assert WHOLE not in {option.name for option in losses.losses[cut]}
+    found = schedule_of(cut, losses.timesteps, [Gap(1, 1), Gap(3, 2)])
+    assert [bool(sources) for sources in found.sources] == [False, False, True, False, True, True]
+    assert found.node == cut.node and found.reused == 3
+    assert [step for step, _ in found.sources[5]] == [3, 1, 0]

@@ -32,11 +32,12 @@ WORKLOAD = Workload([("one", Demand(products=100, held=3e9, disk=1e6)), ("two", 
 
 
 def test_work_adds_up_and_the_larger_memory_counts():
-    first = Demand(products=1, traffic=2, steps=3, held=4, shared=5, disk=6)
-    both = first + Demand(products=10, traffic=20, steps=30, held=40, shared=1, disk=60, serial=True)
-    assert both == Demand(products=11, traffic=22, steps=33, held=40, shared=5, disk=66)
-    assert first * 3 == Demand(products=3, traffic=6, steps=9, held=4, shared=5, disk=6)
-    assert first.cpu_seconds(Speed(1, 2, 3)) == pytest.approx(SLOWER * (1 + 1 + 1))
+    first = Demand(products=1, traffic=2, steps=3, calls=6, held=4, shared=5, disk=6)
+    both = first + Demand(products=10, traffic=20, steps=30, calls=60, held=40, shared=1, disk=60, serial=True)
+    assert both == Demand(products=11, traffic=22, steps=33, calls=66, held=40, shared=5, disk=66)
+    assert first * 3 == Demand(products=3, traffic=6, steps=9, calls=18, held=4, shared=5, disk=6)
+    assert first.cpu_seconds(Speed(1, 2, 3)) == pytest.approx(SLOWER * (1 + 1 + 1 + 2))
+    assert first.elapsed(Speed(1, 2, 3), 3) == pytest.approx(SLOWER * (1 + 2)), "calls of one interpreter take turns"
     assert [first.memory(jobs) for jobs in (1, 3)] == [5, 12]
     assert Demand(held=4, serial=True).memory(3) == 4
 

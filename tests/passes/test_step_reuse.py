@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES, Drawing, MarkedDrawing, relative_error, schedule_of
+from mpq_compiler.analysis.reuse_losses import (
+    REUSE_LOSSES,
+    Drawing,
+    Gap,
+    MarkedDrawing,
+    fit_weights,
+    gaps_of,
+    relative_error,
+    schedule_of,
+    schedule_of_one,
+)
 from mpq_compiler.driver.options import Options
 from mpq_compiler.driver.resolve import resolve
 from mpq_compiler.ir import reuse
@@ -20,7 +30,7 @@ from mpq_compiler.passes.keep_values import KeepValues
 from mpq_compiler.passes.step_reuse import StepReuse
 from mpq_compiler.pipeline.realize import realize, uniform
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.sampling.reuse import Functions, KeptSteps
+from mpq_compiler.sampling.reuse import OUTPUT, Functions, KeptSteps
 from mpq_compiler.support.errors import BudgetError, UserError
 from tests.harness import programs
 
@@ -41,7 +51,7 @@ class Times:
 def measured(tmp_path_factory):
     session = Session(programs.denoiser(MODEL), cache=tmp_path_factory.mktemp("cache"), latency=Times())
     program = programs.after(MODEL, "sensitivity")
-    return StepReuse(steps=STEPS, cuts=2, stretches=2, images=2).run(program, session), session
+    return StepReuse(steps=STEPS, cuts=2, places=3, images=2).run(program, session), session
 
 
 def allocated(measured, ms: float):
@@ -54,40 +64,63 @@ def whole_ms(measured) -> float:
 
 
 def test_losses_are_those_of_images(measured):
-    """The loss of an option is the error of its images to those without reuse, in the unit of sensitivities."""
+    """The loss of a gap is the error of its images to those without reuse, in the unit of sensitivities."""
     program, session = measured
     found = program.facts[REUSE_LOSSES]
-    assert found.stretches == ((0, 2), (2, 4)) and len(found.timesteps) == STEPS and found.gain > 0
+    assert len(found.timesteps) == STEPS and found.gain > 0
     for cut, losses in found.losses.items():
-        assert len(losses) == 4 and all(loss > 0 for loss in losses.values()), "two stretches, two orders"
+        assert [*losses] == gaps_of(STEPS) and all(loss > 0 for loss in losses.values())
         simulated = realize(uniform("int4", activations=8.0).run(program, session), session)
         reuse.mark(simulated, cut.node)
-        drawn = MarkedDrawing(Drawing(session, STEPS, 2), simulated, {-1, 1})
-        option = max(losses, key=lambda o: (o.stretch, o.order))
-        schedule = schedule_of(cut, found.timesteps, found.stretches, [option])
-        assert relative_error(drawn.by(schedule), drawn.whole) / found.gain == pytest.approx(losses[option], rel=1e-4)
+        drawn = MarkedDrawing(Drawing(session, STEPS, 2), simulated, {0, 2})
+        schedule, latents = drawn.fitted(schedule_of_one(cut, found.timesteps, Gap(2, 1)))
+        assert relative_error(latents, drawn.whole) / found.gain == pytest.approx(losses[Gap(2, 1)], rel=1e-4)
+        assert np.array_equal(drawn.by(schedule), latents), "the schedule has the weights that it was drawn with"
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_fitted_weights_are_nearer_than_a_line(measured, number):
+    program, session = measured
+    marked = programs.after(MODEL, "layout").fork()
+    cut = [*program.facts[REUSE_LOSSES].losses][number]
+    reuse.mark(marked, cut.node)
+    drawing = Drawing(session, 8, 4)
+    line = schedule_of(cut, drawing.timesteps, [Gap(3, 1), Gap(5, 1)])
+    drawn = MarkedDrawing(drawing, marked, line.kept)
+    schedule, latents = drawn.fitted(line)
+    assert relative_error(latents, drawn.whole) < 0.7 * relative_error(drawn.by(line), drawn.whole)
+    assert [bool(each) for each in schedule.sources] == [bool(each) for each in line.sources]
+
+
+def test_weights_of_a_sum_are_found():
+    made = np.random.default_rng(0)
+    kept = made.standard_normal((5, 3, 4, 6), np.float32)
+    computed = np.tensordot(kept, [0.7, -0.2, 0.4], ((1,), (0,))).reshape(5, -1)
+    assert fit_weights(kept, computed, [1.0, 0.0, 0.0]) == pytest.approx([0.7, -0.2, 0.4], abs=1e-3)
+    assert fit_weights(kept, kept[:, 0].reshape(5, -1), [1.0]) == pytest.approx([1.0])
+    nothing = np.zeros_like(kept)
+    assert fit_weights(nothing, np.zeros((5, 24)), [1.5, -0.5, 0.0]) == [1.5, -0.5, 0.0]
 
 
 def test_what_is_replayed_is_what_would_be_computed(measured):
     program, session = measured
     found, simulated = program.facts[REUSE_LOSSES], programs.after(MODEL, "layout").fork()
-    cut = next(iter(found.losses))
+    _, cut = found.losses  # the first is the output's
     reuse.mark(simulated, cut.node)
     drawing = Drawing(session, STEPS, 2)
-    option = max(found.losses[cut], key=lambda o: (o.stretch, o.order))
-    schedule = schedule_of(cut, found.timesteps, found.stretches, [option])
+    schedule = schedule_of(cut, found.timesteps, [Gap(2, 1)])
     keeping, reusing = reuse.keeping(simulated), reuse.reusing(simulated)
     functions = Functions(*((lambda inputs, p=p: drawing.run(p, inputs)) for p in (simulated, keeping, reusing)))
     shape = drawing.denoiser.latent_shape
     steps = KeptSteps(schedule, functions, shape, reuse.kept_shape(simulated), drawing.denoiser.latent)
-    assert np.array_equal(MarkedDrawing(drawing, simulated, {-1, 1}).by(schedule), drawing.draw(steps))
+    assert np.array_equal(MarkedDrawing(drawing, simulated, {0, 1, 2}).by(schedule), drawing.draw(steps))
     assert steps.reused == 1
 
 
 def test_a_second_budget_measures_nothing_again(measured):
     program, session = measured
     again = Session(session.denoiser, cache=session.cache)
-    found = StepReuse(steps=STEPS, cuts=2, stretches=2, images=2).run(programs.after(MODEL, "sensitivity"), again)
+    found = StepReuse(steps=STEPS, cuts=2, places=3, images=2).run(programs.after(MODEL, "sensitivity"), again)
     assert found.facts[REUSE_LOSSES] == program.facts[REUSE_LOSSES]
     assert any("losses of reuse" in what for what in again.reused)
 
@@ -107,11 +140,12 @@ def test_a_budget_that_bits_cannot_meet_is_met_by_reuse(measured):
     found = allocated(measured, budget)
     plan, schedule = found.facts[ALLOCATION]["reuse"], found.facts[reuse.REUSE]
     assert found.facts[LATENCY]["ms"] <= budget * (1 + 1e-9) < found.facts[LATENCY]["whole_ms"]
-    assert plan["reused"] == schedule.reused > 0 and plan["steps"] == STEPS and plan["node"] == schedule.node
+    assert plan["reused"] == schedule.reused == STEPS - len(plan["computed"]) > 0 and plan["steps"] == STEPS and plan["node"] == schedule.node
     assert found.facts[LATENCY]["whole_ms"] - found.facts[LATENCY]["ms"] == pytest.approx(plan["saved_ms"])
     kept = KeepValues(images=2).run(found, measured[1])
-    assert reuse.marked(kept).name == schedule.node
+    assert (reuse.marked(kept) is None) == (schedule.node == OUTPUT)
     assert kept.facts[ALLOCATION]["reuse"]["measured"] > 0
+    assert kept.facts[reuse.REUSE].kept == schedule.kept and kept.facts[reuse.REUSE] != schedule, "weights are fitted"
     inputs = measured[1].denoiser.random_inputs(2, 0)
     assert torch.equal(run(kept, inputs), run(found, inputs))
 
@@ -130,10 +164,10 @@ def test_objectives_that_are_no_noise_are_refused(measured):
 def test_a_schedule_by_hand():
     session = Session(programs.denoiser(MODEL))
     program = programs.after(MODEL, "bit-allocation")
-    found = KeepValues(every=3, begin=0.5, order=0, steps=8, share=0.8).run(program, session)
+    found = KeepValues(every=3, begin=0.5, steps=8, share=0.8, images=2).run(program, session)
     schedule = found.facts[reuse.REUSE]
     assert [bool(sources) for sources in schedule.sources] == [False] * 5 + [True, True, False]
-    assert all(weight == 1.0 for sources in schedule.sources for _, weight in sources)
+    assert [step for step, _ in schedule.sources[6]] == [4, 3, 2] and schedule.sources[6][2][1] != 0
     assert list(schedule.timesteps) == [float(t) for t in session.denoiser.scheduler.timesteps(8)]
     assert reuse.marked(found) is not None and reuse.marked(program) is None
     with pytest.raises(UserError, match=r"keep-values.every. finds no value that stands for 25% to 1% of the network"):

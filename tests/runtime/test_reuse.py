@@ -24,7 +24,8 @@ PIPELINE = (
     "trace,layout,calibrate{{samples=3,steps=8}},time-groups{{groups=2}},bit-allocation{{uniform=int8}},{}"
     "insert-fake-quant,round-weights,fold-fake-quant,fuse-epilogues"
 )
-KEPT = f"keep-values{{every=2,steps={STEPS}}},"
+KEPT = f"keep-values{{every=2,steps={STEPS},share=0.97}},"
+OUTPUTS = f"keep-values{{every=2,steps={STEPS}}},"
 
 
 def compiled(folder: Path, kept: str = KEPT, target: str = "native") -> Path:
@@ -76,6 +77,19 @@ def test_steps_that_reuse_draw_something_else_but_near(denoiser):
     assert steps.reused == 3
     error = float(np.square(found - expected).sum() / np.square(expected).sum())
     assert 0 < error < 0.05
+
+
+def test_where_the_output_is_kept_steps_that_reuse_call_nothing(denoiser, tmp_path, monkeypatch):
+    kept = load(compiled(tmp_path, OUTPUTS), threads=1)
+    assert kept.manifest["reuse"].keys() == {"node", "timesteps", "sources"}
+    assert kept.manifest["functions"] == load(compiled(tmp_path, ""), threads=1).manifest["functions"]
+    expected, called = drawn(whole(denoiser), denoiser), []
+    run = kept.executor.run
+    monkeypatch.setattr(kept.executor, "run", lambda *args: called.append(args) or run(*args))
+    found = drawn(steps := kept.steps(), kept, batch=1)
+    assert steps.reused == 3 * 3 and len(called) == 3 * (STEPS - 3)
+    assert 0 < np.square(found - expected).sum() / np.square(expected).sum() < 0.05
+    assert np.array_equal(drawn(whole(kept), kept), expected)
 
 
 def test_all_cpu_targets_draw_the_same_bits(denoiser, tmp_path):

@@ -7,15 +7,25 @@ import warnings
 import numpy as np
 import pytest
 
-from mpq_compiler.sampling.reuse import KEPT, SLOTS, STREAMS, WEIGHTS, Functions, KeptSteps, Schedule, sources_of
+from mpq_compiler.sampling.reuse import (
+    KEPT,
+    SLOTS,
+    STREAMS,
+    WEIGHTS,
+    Functions,
+    KeptSteps,
+    Schedule,
+    of_outputs,
+    sources_of,
+)
 from mpq_compiler.support.errors import Notice
 
 TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
 SHAPE, KEPT_SHAPE = (2, 3), (4,)
 
 
-def schedule(*whole: bool, order: int = 1) -> Schedule:
-    return Schedule("inner", TIMES, sources_of(whole, TIMES, [order] * len(TIMES)))
+def schedule(*whole: bool) -> Schedule:
+    return Schedule("inner", TIMES, sources_of(whole, TIMES))
 
 
 class Network:
@@ -56,20 +66,28 @@ def given(step: int, batch: int = 2, label: int = 0, seed: int = 0) -> dict[str,
     return {"sample": x, "timestep": np.full(batch, TIMES[step]), "label": np.full(batch, label)}
 
 
-def test_sources_of_both_orders():
-    assert sources_of([True, True, False, True, False], TIMES, [0] * 5) == ((), (), ((1, 1.0),), (), ((3, 1.0),))
-    first, *_, last = sources_of([True, False, False, True, False], TIMES, [1] * 5)[1:]
+def test_sources_are_the_last_values_on_a_line():
+    first, second, *_, last = sources_of([True, False, True, False, True, True, False], (*TIMES, 50.0, 20.0))[1:]
     assert first == ((0, 1.0),), "there is one value so far"
-    weights = dict(last)
-    assert weights.keys() == {3, 0} and sum(weights.values()) == pytest.approx(1)
-    assert weights[3] == pytest.approx(1 + 200 / 600), "t goes on as it did from step 0 to step 3"
+    assert second == ()
+    assert [step for step, _ in last] == [5, 4, 2], "the last first, and no more than fit"
+    weights = [weight for _, weight in last]
+    assert sum(weights) == pytest.approx(1) and weights[2] == 0
+    assert weights[0] == pytest.approx(1 + 30 / 50), "t goes on as it did from step 4 to step 5"
 
 
 def test_a_line_is_extrapolated_as_it_goes_on():
-    """Order 1 is exact where the value is a line in the timestep."""
-    sources = sources_of([True, True, False, False, False], TIMES, [1] * 5)
+    """It is exact where the value is a line in the timestep."""
+    sources = sources_of([True, True, False, False, False], TIMES)
     for step in (2, 3, 4):
         assert sum((5 - 2 * TIMES[s]) * w for s, w in sources[step]) == pytest.approx(5 - 2 * TIMES[step], rel=1e-5)
+
+
+def test_weights_replace_those_of_the_line():
+    chosen = schedule(True, True, False, True, False)
+    found = chosen.weighted({4: [0.5, 0.25, 0.125]})
+    assert found.sources[4] == ((3, 0.5), (1, 0.25), (0, 0.125))
+    assert found.sources[:4] == chosen.sources[:4] and found.kept == chosen.kept
 
 
 def test_a_schedule_travels_as_json():
@@ -94,12 +112,23 @@ def test_steps_compute_and_reuse_as_scheduled():
     assert network.calls == ["keeping", "keeping", "reusing", "keeping", "reusing"] and steps.reused == 2
 
 
+def test_where_the_output_is_kept_a_step_that_reuses_calls_nothing():
+    network, chosen = Network(), schedule(True, True, False, True, False)
+    chosen = chosen.weighted({4: [0.75, 0.5, -0.25]})
+    steps = KeptSteps(chosen, of_outputs(network.whole), SHAPE, SHAPE, "sample")
+    found = [steps(**given(step)) for step in range(5)]
+    assert network.calls == ["whole"] * 3 and steps.reused == 2
+    for step in (2, 4):
+        expected = sum(found[source] * np.float32(weight) for source, weight in chosen.sources[step])
+        assert np.array_equal(found[step], expected)
+
+
 def test_a_step_whose_value_nobody_reads_keeps_none():
     network = Network()
-    steps = network.steps(schedule(True, True, True, True, False, order=0))
+    steps = network.steps(schedule(True, True, True, True, False))
     for step in range(5):
         steps(**given(step))
-    assert network.calls == ["whole", "whole", "whole", "keeping", "reusing"]
+    assert network.calls == ["whole", "keeping", "keeping", "keeping", "reusing"]
 
 
 def test_guidance_keeps_the_values_of_both_conditions():
