@@ -11,8 +11,8 @@ from mpq_compiler.analysis.noise_power import noise_of_program, rounded
 from mpq_compiler.analysis.reuse_losses import (
     REUSE_LOSSES,
     Drawing,
-    MarkedDrawing,
     Gap,
+    MarkedDrawing,
     ReuseLosses,
     of_all_gaps,
     relative_error,
@@ -37,13 +37,14 @@ GAIN = "gain"
 class StepReuse(Pass):
     """Measures, for cuts of the network and steps in a row, what reuse costs the images of the quantized model.
 
-    Deep parts of a denoiser change little from step to step (DeepCache, arXiv 2312.00858). Candidates come from the
-    graph alone (`ir.reuse.cuts`): the inner part of a UNet behind each skip, the blocks of a transformer. For each, one,
-    two, three ... steps in a row take a sum of the last three values that were computed, with the weights that come
-    nearest to what would be computed there (`MarkedDrawing.fitted`), at a few places of the schedule; losses at others
-    lie between. A plain plan, one weight format and one width, quantizes: reuse may amplify its noise, and weights and
-    losses have that in them. Losses are in the unit of `sensitivity`, so that the program of `bit-allocation` sums them
-    with those of bits.
+    Deep parts of a denoiser change little from step to step (DeepCache, arXiv 2312.00858), and so does what it puts
+    out (AdaptiveDiffusion, arXiv 2410.09873). Candidates come from the graph alone (`ir.reuse.cuts`): the whole
+    network, the inner part of a UNet behind each skip, the blocks of a transformer. For each, one, two, three ...
+    steps in a row take a sum of the last three values that were computed, with the weights that come nearest to
+    what would be computed there (`MarkedDrawing.fitted`), at a few places of the schedule; losses at others lie
+    between. A plain plan, one weight format and one width, quantizes: reuse may amplify its noise, and weights and
+    losses have that in them. Losses are in the unit of `sensitivity`, so that the program of `bit-allocation` sums
+    them with those of bits.
 
         (no change; facts["reuse-losses"] holds the loss of each number of steps in a row, from each step on)
       =>
@@ -91,7 +92,10 @@ class StepReuse(Pass):
         times = tuple(float(t) for t in session.denoiser.scheduler.timesteps(self.steps))
         losses = {cut: of_all_gaps(each, self.steps) for cut, each in measured.items()}
         program.facts[REUSE_LOSSES] = ReuseLosses(times, losses, gain)
-        stated = {c.node: {f"{g.length} behind {g.begin}": loss for g, loss in each.items()} for c, each in measured.items()}
+        stated = {
+            cut.node: {f"{gap.length} behind {gap.begin}": loss for gap, loss in each.items()}
+            for cut, each in measured.items()
+        }
         shares = {cut.node: round(cut.share, 3) for cut in cuts}
         provenance.note(program, provenance.PROGRAM, self.name(), share=shares, losses=stated, gain=gain)
         return program

@@ -33,7 +33,6 @@ from mpq_compiler.sampling.reuse import (
 )
 from mpq_compiler.support.execution import batches
 
-
 LENGTHS = (1, 2, 3, 4, 6, 9)
 """How many steps in a row may reuse."""
 LONGEST = 0.25
@@ -232,7 +231,8 @@ def _functions(drawing: Drawing, program: Program) -> Functions:
     """The functions of a marked program; of one without a mark the output is kept."""
     if reuse.marked(program) is None:
         return of_outputs(partial(drawing.run, program))
-    return Functions(*(partial(drawing.run, each) for each in (program, reuse.keeping(program), reuse.reusing(program))))
+    programs = program, reuse.keeping(program), reuse.reusing(program)
+    return Functions(*(partial(drawing.run, each) for each in programs))
 
 
 def fit_weights(kept: np.ndarray, computed: np.ndarray, start: Sequence[float]) -> list[float]:

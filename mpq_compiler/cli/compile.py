@@ -262,10 +262,8 @@ def _reused(about: ReusePlan) -> str:
     left = f"leave out {about['share']:.0%} of the multiplications, behind '{about['node']}'"
     if about["node"] == OUTPUT:
         left = "compute nothing, and sum earlier outputs"
-    return (
-        f"{about['reused']} of {about['steps']} steps {left}: {lost[0]} dB by the sum of its losses, {lost[1]} measured "
-        "together"
-    )
+    losses = f"{lost[0]} dB by the sum of its losses, {lost[1]} measured together"
+    return f"{about['reused']} of {about['steps']} steps {left}: {losses}"
 
 
 def _trained(phase: dict[str, Any]) -> str:

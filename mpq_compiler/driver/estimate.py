@@ -159,7 +159,8 @@ class Workload:
         found, disk, base = [], 0.0, self.held + RUNNING + jobs * self.workers
         for name, demand in self.demands:
             cpu, disk = demand.cpu_seconds(speed), disk + demand.disk
-            found.append(Step(name, cpu, demand.elapsed(speed, jobs), int(MARGIN * (base + demand.memory(jobs))), int(disk)))
+            seconds, peak = demand.elapsed(speed, jobs), int(MARGIN * (base + demand.memory(jobs)))
+            found.append(Step(name, cpu, seconds, peak, int(disk)))
         return Estimate(jobs, found)
 
 

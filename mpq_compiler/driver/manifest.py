@@ -153,11 +153,12 @@ def _origin(
 
 def _reuse(schedule: Schedule, program: Program, built: Built) -> Reuse:
     """The manifest's entry on what steps reuse, with the functions of steps that keep and that reuse a node's value."""
+    stated = schedule.to_json()
     if schedule.node == OUTPUT:
-        return Reuse(**schedule.to_json())
+        return Reuse(node=stated["node"], timesteps=stated["timesteps"], sources=stated["sources"])
     names = [str(function["name"]) for function in built.functions]
     keeping, reusing = ([name for name in names if name.endswith(f"_{k}")] for k in (reuse.KEEPING, reuse.REUSING))
-    return Reuse(**schedule.to_json(), shape=list(reuse.kept_shape(program)), keeping=keeping, reusing=reusing)
+    return Reuse(**stated, shape=list(reuse.kept_shape(program)), keeping=keeping, reusing=reusing)
 
 
 def _calls(denoiser: Denoiser, built: Built) -> list[Calls]:
