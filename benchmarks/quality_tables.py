@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from benchmarks import documents
+from benchmarks import charts, documents
 from benchmarks.quality_cells import (
     BEST,
     BEST_MINUTES,
@@ -31,7 +31,7 @@ from benchmarks.quality_cells import (
 )
 from mpq_compiler.evaluation import image_grid, metrics
 from mpq_compiler.evaluation.features import Features
-from mpq_compiler.support import svg, terminal
+from mpq_compiler.support import terminal
 
 COLUMNS = {
     "image_sqnr_db": 2,
@@ -237,17 +237,6 @@ def markdown(cells: list[Cell]) -> str:
     return documents.table(headers, lines)
 
 
-MARKS = (
-    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0 -8 0z", "M-4 -4h8v8h-8z", "M0 -5l5 9h-10z", "M0 -5l5 5l-5 5l-5 -5z",
-    "M0 5l5 -9h-10z",
-)  # fmt: skip
-"""Circle, square, triangle, diamond and the triangle upside down, as paths around zero."""
-COLORS = (
-    "#882255", "#88ccee", "#332288", "#117733", "#ddaa33", "#cc6677", "#44aa99", "#aa4499", "#777777", "#999933",
-)  # fmt: skip
-"""Paul Tol's muted scheme, one color for each of `COMPARED`."""
-
-
 def plot(cells: list[Cell], model: str) -> str:
     """Image SQNR over true bits at 8-bit activations, a line a recipe, as SVG."""
     points: dict[str, list[tuple[float, float]]] = {}
@@ -260,41 +249,14 @@ def plot(cells: list[Cell], model: str) -> str:
 def chart(points: Mapping[str, Sequence[tuple[float, float]]], title: str) -> str:
     """Lines of (true bits, dB), each recipe with a color and a mark that are its own."""
     reach = max(y for row in points.values() for _, y in row)
-    frame = svg.Frame(720, 440, (1.5, 8.5), (0, 5 * math.ceil(reach / 5)))
-    left, right, bottom, top = frame.across(1.5), frame.across(8.5), frame.up(0), frame.up(frame.y[1])
-    marks = ['<rect width="100%" height="100%" fill="white"/>', _words(left, 16, title, "start")]
-    for bits in range(2, 9):
-        x = frame.across(bits)
-        marks += [_rule(x, top, x, bottom), _words(x, bottom + 16, bits)]
-    for db in range(0, int(frame.y[1]) + 1, 5):
-        marks += [_rule(left, frame.up(db), right, frame.up(db)), _words(left - 8, frame.up(db) + 4, db, "end")]
     below = "true average bits of the weights (8 x stored bytes / parameters)"
-    marks.append(_words((left + right) / 2, bottom + 36, below))
-    axis = _words(0, 0, "SQNR of the images against the float model, dB")
-    marks.append(f'<g transform="translate(18 {(top + bottom) / 2:.0f}) rotate(-90)">{axis}</g>')
-    for place, name in enumerate(name for name in COMPARED if name in points):
-        color, mark = COLORS[COMPARED.index(name)], MARKS[COMPARED.index(name) % len(MARKS)]
-        row = sorted(points[name])
-        path = " ".join(f"{frame.across(x):.1f},{frame.up(y):.1f}" for x, y in row)
-        width = 2.5 if name == "default" else 1.5
-        marks.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"/>')
-        key = (right + 20, top + 12 + 20 * place)
-        spots = [(frame.across(x), frame.up(y), f"{name}: {y:.2f} dB at {x:.2f} bits") for x, y in row]
-        for x, y, tip in [*spots, (*key, name)]:
-            at = f'transform="translate({x:.1f} {y:.1f})"'
-            marks.append(f'<path d="{mark}" {at} fill="{color}"><title>{tip}</title></path>')
-        marks.append(_words(key[0] + 12, key[1] + 4, name, "start"))
-    box = 'viewBox="0 0 840 440" role="img" font-family="system-ui, sans-serif"'
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" {box}>'
-    return "\n".join([head, f"<title>{title}</title>", *marks, "</svg>"]) + "\n"
-
-
-def _rule(x1: float, y1: float, x2: float, y2: float) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="#ddd"/>'
-
-
-def _words(x: float, y: float, text: object, anchor: str = "middle") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="13">{text}</text>'
+    return charts.lines(
+        [(COMPARED.index(name), name, points[name]) for name in COMPARED if name in points],
+        title,
+        charts.Axis((1.5, 8.5), range(2, 9), below, "bits"),
+        charts.decibels(0, 5 * math.ceil(reach / 5), "SQNR of the images against the float model, dB"),
+        bold="default",
+    )
 
 
 def side_by_side(cells: Sequence[Cell], path: Path) -> None:

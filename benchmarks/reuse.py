@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from benchmarks import documents
+from benchmarks import charts, documents
 from benchmarks.cells import RESULTS
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
@@ -47,6 +48,7 @@ from mpq_compiler.support.files import encode_json
 
 FOLDER = RESULTS / "reuse"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reuse.md"
+PICTURE = DOCUMENT.with_suffix(".svg")
 RATIOS = (1.0, 1.25, 1.6, 2.0, 2.5)
 WEIGHTS = 4
 IMAGES, JUDGED_FLOAT = 200, 48
@@ -163,8 +165,7 @@ def compute(model: str, steps: int) -> None:
 def table() -> str:
     """The cells that are there, in Markdown."""
     lines = []
-    for path in sorted(FOLDER.glob("*.json")):
-        cell = json.loads(path.read_text(encoding="utf-8"))
+    for cell in _cells():
         base = cell["rows"][0]["ms"]
         for row in cell["rows"]:
             how = "reuse" if row["reuse"] else "bits alone"
@@ -190,6 +191,28 @@ def table() -> str:
     return documents.table((*titles, *more), lines)
 
 
+def picture() -> str:
+    """The quality of images over the time saved, a line for each model and number of steps, as SVG."""
+    series = []
+    for number, cell in enumerate(_cells()):
+        base = cell["rows"][0]["ms"]
+        points = [(base / row["ms"], row["sqnr_db"]) for row in cell["rows"] if "ms" in row]
+        series.append((number, f"{cell['model']}, {cell['steps']}", points))
+    reach = max((y for _, _, points in series for _, y in points), default=0)
+    farthest = max((x for _, _, points in series for x, _ in points), default=1)
+    halves = range(2, math.ceil(2 * farthest) + 1)
+    return charts.lines(
+        series,
+        f"images in so many steps under budgets of time, weights of {WEIGHTS} bits",
+        charts.Axis((1, halves[-1] / 2), [half / 2 for half in halves], "times faster than every step computed", "x"),
+        charts.decibels(0, 5 * math.ceil(reach / 5), "SQNR of the images against the float model, dB"),
+    )
+
+
+def _cells() -> list[dict[str, Any]]:
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
+
+
 def _added(plan: dict[str, Any] | None) -> str:
     if not plan:
         return "-"
@@ -205,8 +228,8 @@ def main() -> None:
         for steps in args.steps:
             compute(model, steps)
     print(table())
-    if args.model:
-        documents.insert(DOCUMENT, "reuse", table())
+    documents.insert(DOCUMENT, "reuse", table())
+    PICTURE.write_text(picture(), encoding="utf-8")
 
 
 if __name__ == "__main__":
