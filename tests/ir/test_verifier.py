@@ -23,6 +23,7 @@ from mpq_compiler.ir.program import (
     TensorStore,
     WeightPlan,
 )
+from mpq_compiler.ir.reuse import REUSE
 from mpq_compiler.ir.verifier import RULES, VerificationError, check, verify
 from tests.harness import programs
 from tests.harness.tree import ROOT
@@ -109,6 +110,15 @@ def _(program):
 def _(program):
     name = path_of(program.node(LINEAR).args[2])
     return with_tensor(program, name, torch.zeros(len(program.tensors[name]) + 1))
+
+
+@mutant("kept-values", "keep-values", programs.KEPT)
+def _(program):
+    """A step takes the value of one that took it itself."""
+    schedule = program.facts[REUSE]
+    last = next(step for step, sources in enumerate(schedule.sources) if sources)
+    later = ((last, 1.0),)
+    program.facts[REUSE] = dataclasses.replace(schedule, sources=(*schedule.sources[: last + 1], later))
 
 
 @mutant("rows-of-samples", "round-weights")

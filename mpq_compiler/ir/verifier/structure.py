@@ -12,7 +12,9 @@ from torch import Tensor, fx
 from mpq_compiler.ir import ops, views
 from mpq_compiler.ir.aten import aten, interior_permutes
 from mpq_compiler.ir.program import Stage
+from mpq_compiler.ir.reuse import REUSE
 from mpq_compiler.ir.verifier.view import BATCHES, CHANNELS_LAST, QUANTIZED, Findings, Rules, View
+from mpq_compiler.sampling.reuse import SLOTS
 
 RULES = Rules()
 
@@ -179,6 +181,26 @@ def _shapes(view: View) -> Findings:
         value = found.get(output.name) if isinstance(output, fx.Node) else None
         if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape[:1] != (batch,):
             yield view.nodes[-1].name, f"at batch {batch} the output is no f32 tensor of that batch"
+
+
+@RULES.add("kept-values")
+def _kept_values(view: View) -> Findings:
+    """One value at most is kept from step to step, f32 of every sample; steps read what earlier ones computed."""
+    schedule, nodes = view.program.facts.get(REUSE), [call for call in view.calls if call.target is ops.keep]
+    for node in nodes:
+        if len(nodes) > 1 or (schedule is not None and node.name != schedule.node):
+            yield node.name, f"it is kept beside %{nodes[0].name if schedule is None else schedule.node}"
+        for batch, found in view.shapes.items() if isinstance(view.shapes, dict) else ():
+            value = found.get(node.name)
+            if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.shape[:1] != (batch,):
+                yield node.name, f"at batch {batch} what is kept is no f32 tensor of that batch"
+    if schedule is None:
+        return
+    for step, sources in enumerate(schedule.sources):
+        if any(schedule.sources[source] for source, _ in sources if source < step) or len(sources) > SLOTS:
+            yield schedule.node, f"step {step} takes values that no step keeps"
+        if any(source >= step for source, _ in sources):
+            yield schedule.node, f"step {step} takes a value of a later one"
 
 
 @RULES.add("rows-of-samples", QUANTIZED)
