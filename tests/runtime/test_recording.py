@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq_compiler.runtime.recording import DIMENSIONS, TYPES, Op, Recording
+from mpq_compiler.sampling.reuse import OUTPUT, KeptSteps, Schedule, of_outputs, sources_of
 from mpq_compiler.sampling.schedulers import PREDICTIONS, Scheduler
 from mpq_compiler.support.errors import UserError
 
@@ -115,6 +116,27 @@ def test_schedulers_are_recorded(solver: str, prediction: str) -> None:
         )
         buffer = recording.whole(found)
         np.testing.assert_array_equal(executed(recording.data(), [x, output])[buffer].reshape(x.shape), expected)
+
+
+def test_steps_that_sum_earlier_outputs_are_recorded() -> None:
+    """A program in C draws by a schedule of `mpqc compile --reuse`: what a step sums is among the instructions."""
+    times, shape = (40.0, 30.0, 20.0, 10.0), (2, 4, 3, 5)
+    sources = sources_of([True, True, True, False], times)
+    schedule = Schedule(OUTPUT, times, sources).weighted({3: [1.5, -0.75, 0.25]})
+    outputs = [*np.random.default_rng(0).standard_normal((3, *shape), np.float32)]
+
+    def last(model: Callable[[Any], Any], x: Any) -> Any:
+        steps = KeptSteps(schedule, of_outputs(model), shape[1:], shape[1:], "sample")
+        return [steps(sample=x, timestep=np.full(2, time)) for time in times][-1]
+
+    given = iter(outputs)
+    expected = last(lambda inputs: next(given), np.zeros(shape, np.float32))
+    recording = Recording()
+    found = last(lambda inputs: recording.call(0, 0, [], shape), recording.call(0, 0, [], shape))
+    buffer = recording.whole(found)
+    computed = executed(recording.data(), [np.zeros(shape), *outputs])[buffer].reshape(shape)
+    np.testing.assert_array_equal(computed, expected)
+    np.testing.assert_allclose(expected, 1.5 * outputs[2] - 0.75 * outputs[1] + 0.25 * outputs[0], rtol=1e-4, atol=1e-5)
 
 
 def test_bytes_and_constants_that_are_equal_are_kept_once() -> None:
