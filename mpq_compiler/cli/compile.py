@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpq_compiler.cli import options, shares
-from mpq_compiler.sampling.reuse import OUTPUT
 from mpq_compiler.support import terminal, usage
 from mpq_compiler.support.errors import UserError
 
@@ -260,7 +259,7 @@ def _reused(about: ReusePlan) -> str:
     """What steps reuse, in words."""
     lost = [f"{-10 * math.log10(loss):.1f}" for loss in (about["loss"], about["measured"])]
     left = f"leave out {about['share']:.0%} of the multiplications, behind '{about['node']}'"
-    if about["node"] == OUTPUT:
+    if about["share"] == 1:
         left = "compute nothing, and sum earlier outputs"
     losses = f"{lost[0]} dB by the sum of its losses, {lost[1]} measured together"
     return f"{about['reused']} of {about['steps']} steps {left}: {losses}"

@@ -38,7 +38,7 @@ class Demand:
     steps: float = 0.0
     """Operators that are called on small tensors, whose time is that of the call."""
     calls: float = 0.0
-    """The same where one interpreter calls them for all jobs, which then take turns."""
+    """Such operators that one interpreter calls for all jobs, which then take turns."""
     seconds: float = 0.0
     """CPU seconds that an option gives, rather than the work."""
     held: float = 0.0
