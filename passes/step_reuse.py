@@ -106,7 +106,7 @@ class StepReuse(Pass):
     ) -> tuple[dict[reuse.Cut, dict[Gap, float]], float]:
         """The losses, and the noise power of images over their unit; the cache keeps them."""
         inputs = program.facts[SENSITIVITY].get("inputs", 1)
-        about = f"reuse 3 {self.options()} {session.seed} {inputs}"
+        about = f"reuse 4 {self.options()} {session.seed} {inputs}"
         key = fingerprint(program, program.facts[CALIBRATION].select(inputs), about)
         results = cache.Results("sensitivity", key, session.cache)
         gaps = some_gaps(self.steps, self.places)
