@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from mpq_compiler.analysis.noise_power import rounded
-from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES, Drawing, MarkedDrawing, added_error
+from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES, Drawing, MarkedDrawing, relative_error
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.findings import ALLOCATION
 from mpq_compiler.ir.program import Program, TensorStore
@@ -79,13 +79,13 @@ class KeepValues(Pass):
         return program
 
     def _fitted(self, program: Program, schedule: Schedule, session: Session) -> tuple[Schedule, float]:
-        """The schedule with fitted weights, and the noise power that it adds to the plan's images."""
+        """The schedule with fitted weights, and its noise power beside the plan's images with every step computed."""
         marked = realize(program.fork(tensors=TensorStore(program.tensors)), session)
         mark(marked, schedule.node)
         drawing = Drawing(session, len(schedule.timesteps), self.images)
         drawn = MarkedDrawing(drawing, marked, schedule.kept)
         found, latents = drawn.fitted(schedule)
-        return found, added_error(latents, drawn.whole, drawing.expected())
+        return found, relative_error(latents, drawn.whole)
 
     def _by_hand(self, program: Program, session: Session) -> Schedule:
         """The schedule of the options. UserError: no value stands for a part of the network worth keeping."""

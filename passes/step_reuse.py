@@ -14,7 +14,6 @@ from mpq_compiler.analysis.reuse_losses import (
     Gap,
     MarkedDrawing,
     ReuseLosses,
-    added_error,
     of_all_gaps,
     relative_error,
     schedule_of_one,
@@ -106,7 +105,7 @@ class StepReuse(Pass):
     ) -> tuple[dict[reuse.Cut, dict[Gap, float]], float]:
         """The losses, and the noise power of images over their unit; the cache keeps them."""
         inputs = program.facts[SENSITIVITY].get("inputs", 1)
-        about = f"reuse 4 {self.options()} {session.seed} {inputs}"
+        about = f"reuse 2 {self.options()} {session.seed} {inputs}"
         key = fingerprint(program, program.facts[CALIBRATION].select(inputs), about)
         results = cache.Results("sensitivity", key, session.cache)
         gaps = some_gaps(self.steps, self.places)
@@ -128,7 +127,8 @@ class StepReuse(Pass):
     ) -> None:
         """Draws by every gap, and adds its loss to the results; the first of all is the gain."""
         drawing = Drawing(session, self.steps, self.images)
-        expected = drawing.expected()
+        denoiser = drawing.denoiser
+        expected = drawing.draw(lambda **inputs: denoiser(**inputs).numpy())
         plan = uniform(self.weights, activations=float(self.activations))
         simulated = realize(plan.run(program, replace(session, progress=None, latency=None)), session)
         with session.track("drawing with reuse", len(names)) as advance:
@@ -145,7 +145,7 @@ class StepReuse(Pass):
                 for name, schedule in schedules.items():
                     if name not in results:
                         _, latents = drawn.fitted(schedule)
-                        results[name] = rounded(added_error(latents, drawn.whole, expected) / results[GAIN])
+                        results[name] = rounded(relative_error(latents, drawn.whole) / results[GAIN])
                     advance(1)
 
     def demand(self, asked: Asked) -> Demand:

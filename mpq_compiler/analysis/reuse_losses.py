@@ -37,9 +37,6 @@ LENGTHS = (1, 2, 3, 4, 6, 9)
 """How many steps in a row may reuse."""
 LONGEST = 0.25
 """The share of all steps that may reuse in a row."""
-LEAST_ADDED = 0.5
-"""The least that reuse adds to errors, of what it changes. With less chance decides among steps that lose little, which
-costs images of fashion-unet 0.8 to 1.7 dB."""
 RIDGE = 1e-4
 """What draws fitted weights to those of a line through the last two values, relative to the values' mean square."""
 
@@ -138,10 +135,6 @@ class Drawing:
         self.timesteps = tuple(float(t) for t in denoiser.scheduler.timesteps(self.steps))
         self._seed = self.session.seed + 3 * SEED + 2
         self._conditions = denoiser.conditioning.mixed(self.count, self._seed)
-
-    def expected(self) -> np.ndarray:
-        """The latents that the float model draws."""
-        return self.draw(lambda **inputs: self.denoiser(**inputs).numpy())
 
     def draw(self, model: Callable[..., np.ndarray]) -> np.ndarray:
         """The latents that a model draws, float32 [count, C, H, W]."""
@@ -259,21 +252,6 @@ def fit_weights(kept: np.ndarray, computed: np.ndarray, start: Sequence[float]) 
     gram += RIDGE * max(np.trace(gram) / count, np.finfo(np.float64).tiny) * np.eye(count)
     found = np.asarray(start) + np.linalg.solve(gram, right)
     return [float(np.float32(rounded(weight))) for weight in found]
-
-
-def added_error(drawn: np.ndarray, whole: np.ndarray, expected: np.ndarray) -> float:
-    """What reuse adds to the squared error of latents, over the squared latents.
-
-    The noise of steps that reuse takes the place of the one that they would have, and does not come on top. It is at
-    least half of what reuse changes: of a few images the difference of two errors may come out too small.
-
-    Args:
-        drawn: with reuse [B, ...].
-        whole: without.
-        expected: by the float model.
-    """
-    added = relative_error(drawn, expected) - relative_error(whole, expected)
-    return max(added, LEAST_ADDED * relative_error(drawn, whole))
 
 
 def relative_error(drawn: np.ndarray, expected: np.ndarray) -> float:
