@@ -197,7 +197,7 @@ def picture() -> str:
     for number, cell in enumerate(_cells()):
         base = cell["rows"][0]["ms"]
         points = [(base / row["ms"], row["sqnr_db"]) for row in cell["rows"] if "ms" in row]
-        series.append((number, f"{cell['model']}, {cell['steps']}", points))
+        series.append((number, f"{cell['model'].removeprefix('fashion-')}, {cell['steps']} steps", points))
     reach = max((y for _, _, points in series for _, y in points), default=0)
     farthest = max((x for _, _, points in series for x, _ in points), default=1)
     halves = range(2, math.ceil(2 * farthest) + 1)
