@@ -85,9 +85,6 @@ class StepReuse(Pass):
             program.note("step-reuse: nothing can be drawn here, and every step computes all")
             return program
         cuts = reuse.cuts(program, self.cuts)
-        if not cuts:
-            program.note("step-reuse: no value stands for a part of the network that is worth keeping")
-            return program
         measured, gain = self._measured(program, cuts, session)
         times = tuple(float(t) for t in session.denoiser.scheduler.timesteps(self.steps))
         losses = {cut: of_all_gaps(each, self.steps) for cut, each in measured.items()}

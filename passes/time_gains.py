@@ -71,4 +71,4 @@ class TimeGains(Pass):
         if not asked.draws:
             return Demand()
         fitted = fitting(asked.sizes.layers, [formats.get(self.weights)], Rounding.NEAREST)
-        return fitted + replace(asked.running(self.images, PART) * runs_of_gains(IMAGE_STEPS), serial=True)
+        return fitted + asked.running(self.images, PART) * runs_of_gains(IMAGE_STEPS)
