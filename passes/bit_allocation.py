@@ -12,6 +12,7 @@ from torch import fx
 
 from mpq_compiler import formats
 from mpq_compiler.allocation import costs, lagrangian, pose, sensitivity_table
+from mpq_compiler.allocation.ends import ends
 from mpq_compiler.allocation.pose import SCORES, Terms
 from mpq_compiler.allocation.problem import InfeasibleError, Problem, Solution
 from mpq_compiler.allocation.rerank import Reranker, Solved
@@ -110,6 +111,10 @@ class BitAllocation(Pass):
     """Budget in average bits of the activations that layers read, and attentions where they may be quantized."""
     mixed: bool = True
     """Chooses the width of each activation; else all have the budget's, a whole number of bits, as in most methods."""
+    ends: int | None = None
+    """Bits of weights and activations of the first and last layers and of the time's embedding (`allocation.ends`), as
+    published methods have 8 there. With ``mixed`` they count in the average of activations; their bytes always count.
+    None: what the budgets make of them."""
     bops: float | None = None
     """Budget in bit operations per sample and step."""
     latency: float | None = None
@@ -174,7 +179,7 @@ class BitAllocation(Pass):
             raise UserError(f"a given plan decides on every layer: take a recipe without bit-allocation{{{option}}}")
         if self.scored:
             here = f"bit-allocation{{objective={self.objective}}}"
-            for option in ("bops", "latency", "ratios", "activation_ratios", "protected", "attention", "uniform"):
+            for option in ("bops", "latency", "ratios", "activation_ratios", "protected", "attention", "uniform", "ends"):
                 if getattr(self, option):
                     raise UserError(f"{here} has a budget of bytes alone: leave '{option}' out")
         if self.objective == ORTHOGONALITY and (self.attention or self.uniform):
@@ -183,6 +188,7 @@ class BitAllocation(Pass):
                 f"bit-allocation{{objective={ORTHOGONALITY}}} knows importances of layers alone: leave '{option}' out"
             )
         self.require("attention", 2, 8)
+        self.require("ends", 2, 8)
         self.require("activations", 2)
         alike = self.uniform is not None or self.scored or not self.mixed
         if alike and self.activations < UNQUANTIZED and self.activations % 1:
@@ -251,6 +257,9 @@ class BitAllocation(Pass):
         if self.uniform is not None:
             paths = {str(weight_path(node)) for node in program.quantizable}
             choices = dict.fromkeys(paths, (formats.get(self.uniform).name, self._width))
+            if self.ends is not None:
+                kept = formats.get(f"int{self.ends}").name, self._width and self.ends
+                choices |= dict.fromkeys(ends(program), kept)
             quantized = {n.name for n in program.attentions if self.attention is not None}
         elif self.given:
             choices, quantized = self._by_plan(program, session.plan)
@@ -321,8 +330,7 @@ class BitAllocation(Pass):
             **measured,
             **costs.describe(program, self.dynamic, _formats(measured), self.floating),
         }
-        if not self.mixed and not self._unquantized:
-            table["activations"] = self._of_one_width(table["activations"])
+        table = self._with_given(table, program)
         table = self._with_latencies(table, program, session)
         table["attention"] = self._attention_losses(program, table.get("attention", {}))
         if self.dynamic != table.get("dynamic", False):
@@ -348,7 +356,8 @@ class BitAllocation(Pass):
         def posed(
             terms: Terms, table: SensitivityTable = table, latency: float | None = self.latency
         ) -> dict[str, Any]:
-            return pose.problem(table, limit, self.activations, self.bops, latency, terms)
+            width = self.activations if self.mixed else None
+            return pose.problem(table, limit, width, self.bops, latency, terms)
 
         def solved(terms: Terms) -> Solved:
             def whole() -> Solved:
@@ -638,15 +647,36 @@ class BitAllocation(Pass):
         for path in program.weights:
             provenance.note(program, path, self.name(), microseconds=times.layers[path])
 
-    def _of_one_width(self, measured: dict[str, Losses]) -> dict[str, Losses]:
-        """Keeps the measured losses of activations at the budget's width only."""
-        width = f"{min(self.activations, 8):g}"
-        if any(width not in losses for losses in measured.values()):
+    def _with_given(self, table: SensitivityTable, program: Program) -> SensitivityTable:
+        """Keeps the losses of what is left to choose: of ends those of their bits, of all activations one width's."""
+        kept = set() if self.ends is None else ends(program)
+        weights = dict(table["weights"])
+        for path in kept:
+            weights[path] = {name: x for name, x in weights[path].items() if formats.get(name).bits == self.ends}
+            if not weights[path]:
+                raise UserError(
+                    f"bit-allocation{{ends={self.ends}}} gives '{path}' a format of {self.ends} bits, and none was "
+                    f"measured: measure one with sensitivity{{formats=.../int{self.ends}}}, or leave the option out"
+                )
+        edges = {input_edge(n).name for n in program.quantizable if str(weight_path(n)) in kept}
+        activations = {}
+        for edge, losses in table["activations"].items():
+            common = None if self.mixed else min(self.activations, 8)
+            width = self.ends if edge in edges else common
+            if width is not None and not self._unquantized:
+                losses = self._of_width(losses, f"{width:g}", f"ends={width}" if edge in edges else "mixed=false")
+            activations[edge] = losses
+        return {**table, "weights": weights, "activations": activations}
+
+    def _of_width(self, losses: Losses, width: str, option: str) -> Losses:
+        """Keeps the loss of activations of a width. UserError: it was not measured."""
+        if width not in losses:
+            what = "all activations" if option == "mixed=false" else "the activations of the ends"
             raise UserError(
-                f"bit-allocation{{mixed=false}} gives all activations {width} bits, which was not measured: measure it "
-                f"with sensitivity{{activations={width}}}, or leave the option out"
+                f"bit-allocation{{{option}}} gives {what} {width} bits, which was not measured: measure it with "
+                f"sensitivity{{activations={width}}}, or leave the option out"
             )
-        return {edge: {width: losses[width]} for edge, losses in measured.items()}
+        return {width: losses[width]}
 
     def _attention_losses(self, program: Program, measured: dict[str, Losses]) -> dict[str, Losses]:
         """Keeps the measured losses of attentions at the width that is asked for only."""

@@ -10,7 +10,7 @@ from torch import fx
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import UNARY, aten, is_movement, is_pointwise
-from mpq_compiler.ir.graph import operand, weight_of
+from mpq_compiler.ir.graph import depending, operand, weight_of
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
 
@@ -43,7 +43,7 @@ def _path(node: fx.Node) -> str:
 
 def content(program: Program) -> list[fx.Node]:
     """The calls of content layers, in graph order."""
-    latent, sizes = _of_the_latent(program), shapes(program, 2)
+    latent, sizes = depending(program.graph, program.inputs[0].name), shapes(program, 2)
     tokens = {n for n in program.quantizable if n in latent and _by_tokens(n, sizes)}
     chosen: set[fx.Node] = set()
     for node in tokens:
@@ -55,15 +55,6 @@ def content(program: Program) -> list[fx.Node]:
             read = {n for n in program.quantizable if node in _through(operand(n, 0))}
             chosen = chosen.union(read, *made)
     return [node for node in program.quantizable if node in chosen]
-
-
-def _of_the_latent(program: Program) -> set[fx.Node]:
-    """The nodes that depend on the latent, which is the denoiser's first input."""
-    found = {n for n in program.graph.nodes if n.op == "placeholder" and n.target == program.inputs[0].name}
-    for node in program.graph.nodes:
-        if any(source in found for source in node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _is_cross(node: fx.Node, latent: set[fx.Node]) -> bool:

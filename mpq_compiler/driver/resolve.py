@@ -207,7 +207,10 @@ def _with_width(recipe: Recipe, activations: float) -> Recipe:
     """Applies a budget of average activation bits; widths that the recipe states itself stay."""
     plan, width = recipe.options.get(_taker(recipe, "activations").name(), {}), max(2, min(8, round(activations)))
     least = LEAST_FLOAT_BITS if plan.get("activation_format") == "float" else 2
-    measured = (width,) if plan.get("mixed") is False else tuple(range(least, 9))
+    measured = tuple(range(least, 9))
+    if plan.get("mixed") is False:
+        ends = plan.get("ends")
+        measured = tuple(sorted({width, ends if isinstance(ends, int) else width}))
     for step in _passes_of(recipe):
         if step.width is not None:
             several = typing.get_origin(typing.get_type_hints(step)[step.width]) is tuple

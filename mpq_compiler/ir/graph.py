@@ -59,6 +59,15 @@ def weight_of(node: fx.Node) -> str | None:
     return str(weight.target)
 
 
+def depending(graph: fx.Graph, name: str) -> set[fx.Node]:
+    """The nodes that depend on the input called `name`, which is among them."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node.op == "placeholder" and node.target == name) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Copies a graph; nodes keep their names."""
     new = fx.Graph()

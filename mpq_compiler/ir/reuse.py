@@ -13,7 +13,7 @@ from mpq_compiler.ir import ops, views
 from mpq_compiler.ir.aten import aten, interior_permutes
 from mpq_compiler.ir.costs import macs
 from mpq_compiler.ir.facts import Fact
-from mpq_compiler.ir.graph import operand, prune
+from mpq_compiler.ir.graph import depending, operand, prune
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import InputSpec, Program
 from mpq_compiler.ir.specialization import Specialization
@@ -48,7 +48,7 @@ def cuts(program: Program, most: int, largest: float = 1.0) -> list[Cut]:
     The first cut is behind the whole network (AdaptiveDiffusion, arXiv 2410.09873).
     """
     work, sizes = macs(program), shapes(program, 1)
-    changing, behind = _read_latents(program), _behind(program.graph)
+    changing, behind = depending(program.graph, program.inputs[0].name), _behind(program.graph)
     inside = {node: work.get(node.name, 0) for node in program.graph.nodes}
     for node, reader in reversed(behind.items()):  # in the order of the graph
         inside[reader] += inside[node]
@@ -98,15 +98,6 @@ def _inside(node: fx.Node, behind: dict[fx.Node, fx.Node]) -> frozenset[str]:
         if reader in found:
             found.add(other)
     return frozenset(each.name for each in found)
-
-
-def _read_latents(program: Program) -> set[fx.Node]:
-    """The nodes that read the latents, which come first of the inputs, directly or not."""
-    found: set[fx.Node] = set()
-    for node in program.graph.nodes:
-        if (node.op == "placeholder" and node.target == program.inputs[0].name) or found & {*node.all_input_nodes}:
-            found.add(node)
-    return found
 
 
 def mark(program: Program, name: str) -> None:

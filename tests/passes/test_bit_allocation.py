@@ -11,6 +11,7 @@ from torch import fx
 
 from mpq_compiler import formats
 from mpq_compiler.allocation import solver
+from mpq_compiler.allocation.ends import ends
 from mpq_compiler.analysis import noise_power
 from mpq_compiler.analysis.time_weights import TIME_GAINS, by_gains
 from mpq_compiler.ir import costs, stored_tensors, views
@@ -131,6 +132,27 @@ def test_activations_of_one_width_have_the_budgets():
     assert {plan.bits for plan in program.activations.values()} == {width}
     with pytest.raises(UserError, match=r"mixed=false.* gives all activations 7 bits, which was not measured"):
         planned(weights=5.0, activations=7.0, mixed=False)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_ends_have_their_bits_and_all_else_the_budgets(uniform):
+    program = widths_open(programs.after(MODEL, "sensitivity"))
+    budget = {"uniform": "int4"} if uniform else {"weights": 5.5, "mixed": False}
+    found = BitAllocation(activations=4.0, ends=8, **budget).run(program, Session())
+    kept = ends(program)
+    layers = {str(costs.weight_path(node)): input_edge(node).name for node in found.quantizable}
+    assert kept < layers.keys() and {formats.get(found.weights[path].format).bits for path in kept} == {8}
+    assert {found.activations[layers[path]].bits for path in kept} == {8}
+    assert {found.activations[layers[path]].bits for path in layers.keys() - kept} == {4}
+    if not uniform:
+        assert costs.stored_bytes(found) <= 5.5 * found.facts[PARAMETERS] / 8
+
+
+def test_ends_that_were_not_measured_are_refused():
+    program = widths_open(programs.after(MODEL, "sensitivity"))
+    for bits, what in ((7, "a format of 7 bits, and none was measured"), (3, "the ends 3 bits, which was not measured")):
+        with pytest.raises(UserError, match=what):
+            BitAllocation(weights=5.5, activations=4.0, mixed=False, ends=bits).run(program, Session())
 
 
 def test_formats_fall_with_their_sensitivity():
@@ -425,6 +447,8 @@ def test_protected_activations_of_the_widest_width_count_in_the_average():
         ({"uniform": "int4", "bops": 1e9}, "solves no program, which 'bops'"),
         ({"uniform": "int4", "activations": 5.5}, "one width here; give a whole number"),
         ({"mixed": False, "activations": 6.9}, "one width here; give a whole number"),
+        ({"ends": 9}, "'ends' .* must be 2 to 8"),
+        ({"objective": "scores", "ends": 8}, "budget of bytes alone: leave 'ends' out"),
         ({"protected": 1.5}, "'protected' .* must be 0 to 1"),
         ({"ratios": (0.0,)}, "'ratios' .* must be 0.0625 to 16"),
         ({"protected": 0.01, "latency": 1.0}, "protected_as=widest"),
