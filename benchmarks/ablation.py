@@ -130,7 +130,7 @@ HEADERS = ("model", "setting", "recipe", "SQNR, dB", "images: SQNR, dB", "to the
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=list(quality_cells.MODELS[:1]))
+    parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=list(quality_cells.MODELS)[:1])
     parser.add_argument("--setting", nargs="+", choices=quality_cells.SETTINGS, default=list(SETTINGS))
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--all", action="store_true", help="compute the rows that are missing")

@@ -5,19 +5,23 @@
     python -m benchmarks.quality --all --distributed ray://HOST:PORT  # a cell on each CPU of a Ray cluster
     python -m benchmarks.quality --all --model fashion-unet --setting W2A8 --recipe default nearest  # those alone
 
-A cell is a recipe at a setting on a model. ``W2A8`` is the bytes that uniform ``int2`` takes in all layers, overheads
-included, one in forty more, which the tables of twenty time groups take in some recipes, and 8-bit activations: what a
-recipe does with these bytes is its affair. All draw the same noise in the same
-steps. `image_sqnr_db` has a paired bootstrap interval of its difference to the best other recipe: the same images are
-drawn with replacement for both. Training has as many minutes in every cell (`mpqc compile --minutes`). A claim is
-about `default` and the best other recipe of a setting on 1000 images, at W2A8, W3A8 and W4A4 of three seeds each;
-`--effort best` is shown beside the minutes of the cells. A cell is known by its recipe and options; results and the
-errors of every image lie in benchmarks/results/quality/, and `--all` goes on where it was.
+A cell is a recipe at a setting on a model. ``W2A8`` is the bytes that uniform ``int2`` takes in all layers but the
+ends, which have 8 bits, overheads included, one in forty more, for the tables of twenty time groups of some recipes,
+and 8-bit activations: what a recipe does with these bytes is its affair. Models are the judges, on which no recipe was
+developed (results/judges/README.md), and the bundled ones, on which they were. All draw the same noise in the same
+steps; judges draw with other samplers too, in 4 to 50 steps, than calibration did. `image_sqnr_db` has a paired
+bootstrap interval of its difference to the best other recipe: the same images are drawn with replacement for both.
+Training has as many minutes in every cell (`mpqc compile --minutes`). A claim is about `default` and the best other
+recipe of a setting on 1000 images, at W2A8, W3A8 and W4A4 of three seeds each; of judges it is there about the two best
+others, all trained as long as by `--effort best`, which is shown beside the minutes of the cells. A cell is known by
+its recipe and options; results and the errors of every image lie in benchmarks/results/quality/, and `--all` goes on
+where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -38,22 +42,26 @@ from benchmarks.quality_cells import (
     CLAIM,
     COMPARED,
     IMAGES,
+    JUDGED,
     MINUTES,
     MODELS,
     RESULTS,
+    SAMPLERS,
     SETTINGS,
     Cell,
     budget_of,
     cells_of,
     float_strip,
+    source,
     write,
 )
 from mpq_compiler.api import compile
 from mpq_compiler.evaluation import metrics
 from mpq_compiler.evaluation.features import Features, features_for
-from mpq_compiler.evaluation.painter import Painter, float_model, from_artifact, from_denoiser, sampled_like
-from mpq_compiler.frontend import checkpoint, denoiser
+from mpq_compiler.evaluation.painter import BATCH, Painter, float_model, from_artifact, from_denoiser, sampled_like
+from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir.parcels import SHIPPING
+from mpq_compiler.sampling.schedulers import exchanged
 from mpq_compiler.support import cluster as clusters
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import BudgetError
@@ -66,11 +74,32 @@ STRIP = 10
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recipes.md"
 
 
-def _images(painter: Painter, conditions: Any, count: int) -> np.ndarray:
+def _images(painter: Painter, conditions: Any, count: int, steps: int = STEPS) -> np.ndarray:
     """What a denoiser draws, decoded, from the noise that all have."""
-    with terminal.progress(f"drawing with {painter.name}", count) as advance:
-        drawn = painter.draw(conditions, count, STEPS, SEED, progress=lambda done, total: advance(0))
+    with terminal.progress(f"drawing with {painter.name}", steps * -(-count // BATCH)) as advance:
+        drawn = painter.draw(conditions, count, steps, SEED, progress=lambda done, total: advance(1))
     return painter.decode(drawn)
+
+
+@functools.cache
+def _float_images(model: str, solver: str, steps: int, count: int) -> np.ndarray:
+    """What the float model of a judge draws with another sampler: the same for all of its cells."""
+    painter = _sampled(from_denoiser(denoiser.load(source(model))), solver)
+    return _images(painter, painter.conditioning.varied(count), count, steps)
+
+
+def _sampled(painter: Painter, solver: str) -> Painter:
+    return replace(painter, scheduler=exchanged(painter.scheduler, solver))
+
+
+def _by_samplers(cell: Cell, painter: Painter) -> dict[str, dict[str, Any]]:
+    """Errors of a judge's images by each of the other samplers."""
+    found = {}
+    for name, (solver, steps) in SAMPLERS.items() if cell.model in JUDGED else ():
+        conditions = painter.conditioning.varied(cell.images)
+        images = _images(_sampled(painter, solver), conditions, cell.images, steps)
+        found[name] = _errors(_float_images(cell.model, solver, steps, cell.images), images)
+    return found
 
 
 def float_accuracy(model: str) -> None:
@@ -78,7 +107,7 @@ def float_accuracy(model: str) -> None:
     known = quality_tables.float_accuracies()
     if model in known:
         return
-    loaded = denoiser.load(model)
+    loaded = denoiser.load(source(model))
     painter = from_denoiser(loaded)
     conditions = painter.conditioning.varied(CLAIM["images"])
     images = _images(painter, conditions, CLAIM["images"])
@@ -107,13 +136,14 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: int | Non
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "cell.mpq"
         budget = budget_of(cell.model, cell.setting) if budget is None else budget
-        report = compile.compile(cell.model, path, terminal.progress, jobs=jobs, **cell.options(budget))
+        report = compile.compile(source(cell.model), path, terminal.progress, jobs=jobs, **cell.options(budget))
         seconds = time.perf_counter() - begin
         painter = from_artifact(path, threads=1)
-        loaded = float_model(cell.model, painter)
+        loaded = float_model(source(cell.model), painter)
         reference = sampled_like(from_denoiser(loaded), painter)
         conditions = reference.conditioning.varied(max(counts))
         pictures = [_images(each, conditions, max(counts)) for each in (reference, painter)]
+        samplers = _by_samplers(cell, painter)
     known = {
         "true_bits": report.weights["average_bits"],
         "bytes": report.weights["bytes"],
@@ -121,6 +151,8 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: int | Non
         "sqnr_db": report.quality["sqnr_db"],
         "seconds": seconds,
         "fallbacks": len(report.fallbacks),
+        "trained": next((step for step in report.passes if step["name"] == "distill"), None),
+        **({"samplers": samplers} if samplers else {}),
         "notes": report.notes,
         **provenance(),
     }
@@ -138,15 +170,19 @@ def _judged(
 ) -> dict[str, Any]:
     """Distances of images to the float model's, which come first."""
     judged = metrics.compare_images(*pictures, *features, labels)
-    error, power = (np.square(x.astype(np.float64)).sum((1, 2, 3)) for x in (pictures[1] - pictures[0], pictures[0]))
     extractor, _ = features
     return {
         **{name: judged[name] and judged[name]["value"] for name in quality_tables.COLUMNS},
         "frechet_resamples": extractor
         and [float(f"{v:.5g}") for v in quality_tables.resampled_frechet(*pictures, extractor)],
-        "errors": [float(f"{e:.6g}") for e in error],
-        "powers": [float(f"{p:.6g}") for p in power],
+        **_errors(*pictures),
     }
+
+
+def _errors(reference: np.ndarray, images: np.ndarray) -> dict[str, list[float]]:
+    """Squared errors of images, and the squared images that they are of."""
+    error, power = (np.square(x.astype(np.float64)).sum((1, 2, 3)) for x in (images - reference, reference))
+    return {"errors": [float(f"{e:.6g}") for e in error], "powers": [float(f"{p:.6g}") for p in power]}
 
 
 def complete(
@@ -156,6 +192,7 @@ def complete(
 
     With it is written the same as a cell of a claim. A cluster computes as many at a time as it has CPUs.
     """
+    cells = list(dict.fromkeys(cells))
     missing = [cell for cell in cells if not cell.is_there]
     print(f"{len(cells) - len(missing)} of {len(cells)} {name} are there", flush=True)
     if not computes:
@@ -195,7 +232,7 @@ def keep(cell: Cell, found: Outcome | str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=checkpoint.bundled())
+    parser.add_argument("--model", nargs="+", choices=(*JUDGED, *MODELS))
     parser.add_argument("--setting", nargs="+", choices=SETTINGS)
     parser.add_argument("--recipe", nargs="+", choices=COMPARED)
     parser.add_argument("--all", action="store_true", help="compute what is missing; of everything: then --write too")
@@ -208,7 +245,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"tables and pictures, of docs/{DOCUMENT.name}")
     options = parser.parse_args()
     whole = not (options.model or options.setting or options.recipe)
-    models = options.model or MODELS
+    models = options.model or (*JUDGED, *MODELS)
     cells = cells_of(models, options.setting, options.recipe, options.minutes, options.images)
     with clusters.connected(options.distributed if options.all else None, SHIPPING, options.jobs) as cluster:
         complete("cells", cells, options.all, options.jobs, cluster)
@@ -223,12 +260,15 @@ def main() -> None:
     quality_tables.show(cells)
     claimed, trained = quality_tables.claimed(cells), quality_tables.trained(cells)
     terminal.table("default and the best other recipe", quality_tables.CLAIM_HEADERS, claimed)
+    sampled = quality_tables.by_samplers(cells)
+    terminal.table("image SQNR with other samplers, dB", quality_tables.SAMPLER_HEADERS, sampled)
     terminal.table("default by minutes of training", quality_tables.BEST_HEADERS, trained)
     if options.write or (whole and options.all):
         documents.insert(DOCUMENT, "quality", quality_tables.markdown(cells))
         documents.insert(DOCUMENT, "claims", documents.table(quality_tables.CLAIM_HEADERS, claimed))
+        documents.insert(DOCUMENT, "samplers", documents.table(quality_tables.SAMPLER_HEADERS, sampled))
         documents.insert(DOCUMENT, "best", documents.table(quality_tables.BEST_HEADERS, trained))
-        DOCUMENT.with_name("pareto.svg").write_text(quality_tables.plot(cells, models[0]))
+        DOCUMENT.with_name("pareto.svg").write_text(quality_tables.plot(cells, next(iter(MODELS))))
         quality_tables.side_by_side(cells, DOCUMENT.with_suffix(".png"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,31 @@ from mpq_compiler.pipeline import recipes
 RESULTS = Path(__file__).parent / "results" / "quality"
 TIMES = RESULTS / "step_times.json"
 """Of `benchmarks.step_times`."""
-SETTINGS = {"W8A8": (8, 8), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8), "W4A4": (4, 4), "W3A6": (3, 6)}
+JUDGES = Path(__file__).parent / "results" / "judges"
+"""The models on which no recipe was developed, and what is said of them."""
+SETTINGS = {
+    "W8A8": (8, 8), "W6A6": (6, 6), "W4A8": (4, 8), "W3A8": (3, 8), "W2A8": (2, 8),
+    "W4A4": (4, 4), "W3A6": (3, 6), "W3A4": (3, 4), "W2A6": (2, 6), "W2A4": (2, 4),
+}  # fmt: skip
 """Bits of the uniform weights whose bytes are the budget, and of activations."""
 SHORT = ("W4A8", "W2A8", "W4A4")
-"""The settings of models other than the first."""
-MODELS = ("fashion-unet", "fashion-dit", "fashion-text")
+"""The settings of models other than the first of a kind."""
+MODELS = {"fashion-unet": ("W8A8", "W4A8", "W3A8", "W2A8", "W4A4", "W3A6"), "fashion-dit": SHORT, "fashion-text": SHORT}
+"""The models on which recipes were developed, with their settings."""
+JUDGED = {"emoji-unet": tuple(name for name in SETTINGS if name != "W3A8"), "emoji-dit": SHORT}
+"""Those on which none was."""
+SAMPLERS = {
+    "DDIM 4": ("DDIMScheduler", 4),
+    "DDIM 20": ("DDIMScheduler", 20),
+    "DDIM 50": ("DDIMScheduler", 50),
+    "Euler 10": ("EulerDiscreteScheduler", 10),
+}
+"""Solvers and steps that judge what was calibrated on others."""
 CLAIM = {"seeds": 3, "images": 1000}
 """What a cell of a claim is judged by, beside its recipe; at settings other than `CLAIMED` by one seed."""
 CLAIMED = ("W2A8", "W3A8", "W4A4")
+RIVALS = 2
+"""Recipes beside `default` that are trained as long as `--effort best` at those settings of the judges."""
 BEST = ("W2A8", "W3A6")
 """Settings at which `--effort best` is shown."""
 BEST_MINUTES = Distill.efforts["best"]["minutes"]
@@ -35,11 +52,13 @@ BEST_MINUTES = Distill.efforts["best"]["minutes"]
 SHOWN = "W2A8"
 """The setting of the first model of which images stand side by side."""
 UNIFORM = (
-    "trace,layout,calibrate,time-groups{{bits={a}}},bit-allocation{{uniform=int{w},activations={a}}},numerics,insert-fake-quant,"
-    "residual-branch,round-weights{{method={method}}},fold-fake-quant,fuse-epilogues"
+    "trace,layout,calibrate,time-groups{{bits={a}}},bit-allocation{{uniform=int{w},activations={a},ends=8}},numerics,"
+    "insert-fake-quant,residual-branch,round-weights{{method={method}}},fold-fake-quant,fuse-epilogues"
 )
+WIDTHS = (2, 3, 4, 8)
+"""Bits in which there are uniform weights."""
 BASELINES = {"nearest": "nearest", "gptq": "gptq"}
-"""Uniform bits with nothing else, by the rounding: what a recipe is to be better than."""
+"""Uniform bits but for the ends', by the rounding: what a recipe is to be better than."""
 COMPARED = (*BASELINES, *(name for name in recipes.names() if name != "w8a8"))
 MINUTES, IMAGES = 4.0, 250
 """Of training in each cell, and to judge it by."""
@@ -67,7 +86,7 @@ class Cell:
         if self.recipe not in BASELINES:
             recipe = recipes.load(self.recipe)
             text = json.dumps([recipe.pipeline, recipe.options], sort_keys=True)
-        digest = hashlib.sha256(f"2 {sorted(asdict(self).items())} {text}".encode()).hexdigest()
+        digest = hashlib.sha256(f"3 {sorted(asdict(self).items())} {text}".encode()).hexdigest()
         return f"{self.model}-{self.setting}-{self.recipe}-{self.seed}-{digest[:8]}"
 
     @property
@@ -77,7 +96,7 @@ class Cell:
     @property
     def strip(self) -> Path | None:
         """Of the first images side by side, where they are shown."""
-        usual = Cell(MODELS[0], SHOWN, self.recipe)
+        usual = Cell(next(iter(MODELS)), SHOWN, self.recipe)
         return self.file.with_suffix(".png") if self == usual else None
 
     @property
@@ -104,7 +123,7 @@ class Cell:
 
 
 def cells_of(
-    models: Sequence[str] = MODELS,
+    models: Iterable[str] = (*JUDGED, *MODELS),
     settings: Sequence[str] | None = None,
     chosen: Sequence[str] | None = None,
     minutes: float = MINUTES,
@@ -114,21 +133,38 @@ def cells_of(
     return [
         Cell(model, setting, recipe, minutes, images=images)
         for model in models
-        for setting in settings or (SETTINGS if model == MODELS[0] else SHORT)
+        for setting in settings or (MODELS | JUDGED)[model]
         for recipe in chosen or COMPARED
+        if recipe not in BASELINES or SETTINGS[setting][0] in WIDTHS
     ]
 
 
+def source(model: str) -> str:
+    """What a model is compiled from: a bundled one's name, a judge's folder."""
+    return str(JUDGES / model) if model in JUDGED else model
+
+
 def budget_of(model: str, setting: str) -> int:
-    """Stored bytes of uniform weights in all layers, and one in forty more."""
-    file = RESULTS / "budgets.json"
+    """Stored bytes of uniform weights in all layers but the ends, which have 8 bits, and one in forty more.
+
+    Of bits in which there are no uniform weights they are those between the next fewer and more.
+    """
+    bits = SETTINGS[setting][0]
+    less, more = max(b for b in WIDTHS if b <= bits), min(b for b in WIDTHS if b >= bits)
+    sizes = [_uniform_bytes(model, width) for width in (less, more)]
+    size = sizes[0] + (sizes[1] - sizes[0]) * (bits - less) // max(1, more - less)
+    return size * 41 // 40
+
+
+def _uniform_bytes(model: str, bits: int) -> int:
+    file = RESULTS / "sizes.json"
     known = read(file)
-    name = f"{model} {setting}"
+    name = f"{model} int{bits}"
     if name not in known:
-        pipeline = UNIFORM.format(w=SETTINGS[setting][0], a=8, method="nearest")
-        lowered = lower.lower(denoiser.load(model), driver_options.Options(pipeline=pipeline, samples=1))
+        pipeline = UNIFORM.format(w=bits, a=8, method="nearest")
+        lowered = lower.lower(denoiser.load(source(model)), driver_options.Options(pipeline=pipeline, samples=1))
         assert lowered.planned is not None
-        known[name] = costs.stored_bytes(lowered.planned) * 41 // 40
+        known[name] = costs.stored_bytes(lowered.planned)
         write(file, known)
     return int(known[name])
 

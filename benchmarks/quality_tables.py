@@ -20,9 +20,12 @@ from benchmarks.quality_cells import (
     CLAIM,
     CLAIMED,
     COMPARED,
+    JUDGED,
     MINUTES,
     MODELS,
     RESULTS,
+    RIVALS,
+    SAMPLERS,
     SETTINGS,
     TIMES,
     Cell,
@@ -105,29 +108,39 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def best_other(model: str, setting: str, cells: Sequence[Cell]) -> str | None:
-    """The recipe of the best images beside `default`, of the cells that are there.
+    """The recipe of the best images beside `default`, of the cells that are there; None where there is none."""
+    return next(iter(best_others(model, setting, cells)), None)
 
-    Of those that were judged by as many images as a claim is, where the best by few of them is one of those.
+
+def best_others(model: str, setting: str, cells: Sequence[Cell]) -> list[str]:
+    """The recipes beside `default`, those of the best images first, of the cells that are there.
+
+    Those that were judged by as many images as a claim is go by these, where the best by few of them is one of those.
     """
 
-    def best(found: dict[str, dict[str, Any]]) -> str | None:
-        return max(found, key=lambda name: found[name]["image_sqnr_db"], default=None)
+    def ranked(found: dict[str, dict[str, Any]]) -> list[str]:
+        return sorted(found, key=lambda name: -float(found[name]["image_sqnr_db"]))
 
     there = [c for c in cells if (c.model, c.setting) == (model, setting) and c.recipe != "default"]
-    first = best({c.recipe: row for c in there if (row := c.result())})
-    many = {c.recipe: row for c in there if (row := replace(c, images=CLAIM["images"]).result())}
-    return best(many) if first in many else first
+    few = ranked({c.recipe: row for c in there if (row := c.result())})
+    many = ranked({c.recipe: row for c in there if (row := replace(c, images=CLAIM["images"]).result())})
+    return [*many, *(name for name in few if name not in many)] if few[:1] and few[0] in many else few
 
 
 def claims(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """For each setting of a model the cells of `default` and of the best other recipe, a list each."""
+    """For each setting of a model the cells of `default` and of the best other recipe, a list each.
+
+    Of a judge's claimed settings they are trained as long as by ``--effort best``, and there is a pair for each rival.
+    """
     found = []
     for model, setting in dict.fromkeys((c.model, c.setting) for c in cells):
-        if other := best_other(model, setting, cells):
-            first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"])
-            for recipe in ("default", other):
-                seeds = range(CLAIM["seeds"] if setting in CLAIMED else 1)
-                found.append([replace(first, recipe=recipe, seed=seed) for seed in seeds])
+        first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"])
+        long = model in JUDGED and setting in CLAIMED
+        if long:
+            first = replace(first, minutes=BEST_MINUTES)
+        seeds = range(CLAIM["seeds"] if setting in CLAIMED else 1)
+        for other in best_others(model, setting, cells)[: RIVALS if long else 1]:
+            found += [[replace(first, recipe=name, seed=seed) for seed in seeds] for name in ("default", other)]
     return found
 
 
@@ -159,10 +172,24 @@ def claimed(cells: Sequence[Cell]) -> list[list[str]]:
     return lines
 
 
+SAMPLER_HEADERS = ("model", "setting", "recipe", "minutes", *SAMPLERS)
+
+
+def by_samplers(cells: Sequence[Cell]) -> list[list[str]]:
+    """A line for each cell of a judge: image SQNR with samplers on which it was not calibrated."""
+    lines = []
+    for cell in cells:
+        if (row := cell.result()) and "samplers" in row:
+            sums = ([sum(row["samplers"][name][what]) for what in ("powers", "errors")] for name in SAMPLERS)
+            decibels = [f"{10 * math.log10(power / error):.2f}" for power, error in sums]
+            lines.append([cell.model, cell.setting, cell.recipe, f"{cell.minutes:g}", *decibels])
+    return lines
+
+
 def of_best(cells: Sequence[Cell]) -> list[Cell]:
-    """`default` with the usual minutes and with those of `--effort best`, by turns, of the models of the cells."""
+    """`default` with the usual minutes and with those of `--effort best`, by turns, of models that are no judges."""
     minutes = (MINUTES, BEST_MINUTES)
-    models = dict.fromkeys(c.model for c in cells)
+    models = dict.fromkeys(c.model for c in cells if c.model in MODELS)
     return [Cell(m, s, "default", t, images=CLAIM["images"]) for m in models for s in BEST for t in minutes]
 
 
@@ -264,7 +291,7 @@ def side_by_side(cells: Sequence[Cell], path: Path) -> None:
     rows = [(c.strip, row) for c in cells if c.strip and c.strip.exists() and (row := c.result())]
     rows.sort(key=lambda found: found[1]["image_sqnr_db"])
     titles = [f"{row['cell']['recipe']}, {row['image_sqnr_db']:.1f} dB" for _, row in rows]
-    strips = [float_strip(MODELS[0]), *(strip for strip, _ in rows)]
+    strips = [float_strip(next(iter(MODELS))), *(strip for strip, _ in rows)]
     if strips[0].exists():
         image_grid.grid([_images(strip) for strip in strips], path, columns=2, scale=3, titles=["float32", *titles])
 

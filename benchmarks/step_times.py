@@ -40,9 +40,8 @@ def compiled(cells: Sequence[quality_cells.Cell], folder: Path, jobs: int) -> di
         if not path.exists():
             print(f"{cell.name} ({number} of {len(cells)}) ...", flush=True)
             budget = quality_cells.budget_of(cell.model, cell.setting)
-            compile.compile(
-                cell.model, path, terminal.progress, jobs=jobs, **replace(cell, minutes=0.0).options(budget)
-            )
+            given = replace(cell, minutes=0.0).options(budget)
+            compile.compile(quality_cells.source(cell.model), path, terminal.progress, jobs=jobs, **given)
         found[f"{cell.setting} {cell.recipe}"] = path
     return found
 
@@ -72,7 +71,7 @@ def timed(artifacts: Mapping[str, Path]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=quality_cells.MODELS)
+    parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=tuple(quality_cells.MODELS))
     parser.add_argument("--artifacts", type=Path, help="a folder where they stay (default: they do not)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()

@@ -179,7 +179,8 @@ class BitAllocation(Pass):
             raise UserError(f"a given plan decides on every layer: take a recipe without bit-allocation{{{option}}}")
         if self.scored:
             here = f"bit-allocation{{objective={self.objective}}}"
-            for option in ("bops", "latency", "ratios", "activation_ratios", "protected", "attention", "uniform", "ends"):
+            others = ("bops", "latency", "ratios", "activation_ratios", "protected", "attention", "uniform", "ends")
+            for option in others:
                 if getattr(self, option):
                     raise UserError(f"{here} has a budget of bytes alone: leave '{option}' out")
         if self.objective == ORTHOGONALITY and (self.attention or self.uniform):
@@ -484,6 +485,8 @@ class BitAllocation(Pass):
 
     def _measure_together(self, program: Program, session: Session) -> None:
         """Measures the noise of the whole plan beside the sum of its losses."""
+        if "content" in program.facts[SENSITIVITY]:
+            return  # losses of two units are no noise together
         allocation, most = program.facts[ALLOCATION], program.facts[SENSITIVITY].get("inputs")
         if most is None:
             program.note(
@@ -569,6 +572,13 @@ class BitAllocation(Pass):
     ) -> Solved:
         """Finds the best ratio of the weights' bits and then, with that one, of the activations' bits."""
         scans: dict[str, tuple[float, ...]] = {"ratio": self.ratios, "activation_ratio": self.activation_ratios}
+        apart = "content" in table
+        if apart and not all(scans.values()):
+            raise UserError(
+                "the losses of content layers are of another unit than those of quality layers, so that both need "
+                "budgets of their own: give bit-allocation{ratios} and {activation_ratios}, or leave "
+                "sensitivity{content} out"
+            )
         if any(scans.values()) and {layer["group"] for layer in table["layers"]} != {CONTENT, QUALITY}:
             program.note(
                 "there is nothing to decouple: the model has no content layers (feed-forward and cross-attention of "
@@ -577,7 +587,7 @@ class BitAllocation(Pass):
             scans = {}
         if all(len(losses) == 1 for losses in table["activations"].values()):
             scans.pop("activation_ratio", None)  # of a single width nothing is to be shared out
-        best = solved(terms)
+        best = solved(replace(terms, ratio=1.0, activation_ratio=1.0) if apart else terms)
         for option, ratios in scans.items():
             found = [best]
             for ratio in ratios:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, fx
 
-from mpq_compiler.allocation.sensitivity_table import require_of
+from mpq_compiler.allocation import mixdq_groups
+from mpq_compiler.allocation.sensitivity_table import CONTENT, require_of
+from mpq_compiler.analysis.content_loss import ContentLoss
 from mpq_compiler.analysis.estimated_losses import ESTIMATOR, LossEstimator, fit_edges
 from mpq_compiler.analysis.noise_power import (
     input_weights,
@@ -23,6 +25,7 @@ from mpq_compiler.analysis.noise_power import (
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.analysis.single_changes import (
     PROBABILITIES,
+    WEIGHT,
     QuantizedAttention,
     QuantizedEdge,
     Task,
@@ -95,6 +98,10 @@ class Sensitivity(Pass):
     what depends on it run again, which takes as many runs as there are layers and formats."""
     probes: int = 8
     """Backward passes for an input on average, with ``method=probes``; inputs that count for more have more."""
+    content: Literal["noise", "ssim"] = "noise"
+    """What is measured of content layers (`mixdq_groups`). ``ssim``: 1 - SSIM of the clean image that the output
+    predicts (MixDQ, section 4.2), with ``method=ablation``; such losses are of another unit than those of quality
+    layers, so that the two need budgets of their own (`bit-allocation{ratios,activation_ratios}`)."""
     sampled: int = 1 << 23
     """Weights that are quantized in every format, with ``method=probes``; of a larger model some rows stand for all."""
 
@@ -106,6 +113,8 @@ class Sensitivity(Pass):
             raise UserError("option 'formats' of pass 'sensitivity' must name a format to measure, and is empty")
         for name in (*self.formats, *self.packed):
             get_format(name)
+        if self.content != "noise" and self.method != "ablation":
+            raise UserError(f"sensitivity{{content={self.content}}} runs each change of its own: add method=ablation")
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
@@ -124,15 +133,39 @@ class Sensitivity(Pass):
         estimator = self.estimator
         count = estimator.count(program.facts[PARAMETERS])
         inputs = program.facts[CALIBRATION].select(count)
-        results = cache.Results("sensitivity", self.key(program, inputs, session.device), session.cache)
-        tasks = self.tasks(program, session.requests)
+        tasks = self._with_content(program, self.tasks(program, session.requests), session)
+        key = self.key(program, inputs, session.device)
+        if self.content != "noise" and session.denoiser is not None:
+            key = cache.digest(key, repr(session.denoiser.scheduler))
+        results = cache.Results("sensitivity", key, session.cache)
         if self.method == "ablation":
             losses = self._by_ablation(program, inputs, tasks, results, session)
         else:
             losses = estimator.losses(program, program, inputs, tasks, results, session)
             program.facts[ESTIMATOR] = estimator
         program.facts[SENSITIVITY] = estimator.table(tasks, losses, count, session.requests)
+        if self.content != "noise":
+            program.facts[SENSITIVITY]["content"] = self.content
         return program
+
+    def _with_content(self, program: Program, tasks: list[Task], session: Session) -> list[Task]:
+        """Gives the measurements of content layers their metric. UserError: nothing says what outputs predict."""
+        if self.content == "noise":
+            return tasks
+        if session.denoiser is None or not session.denoiser.whole:
+            raise UserError(
+                f"sensitivity{{content={self.content}}} needs the clean image that an output predicts, and nothing "
+                f"says how '{program.model}' draws: leave the option out"
+            )
+        metric, groups = ContentLoss(session.denoiser.scheduler, session.denoiser.latent), mixdq_groups.groups(program)
+
+        def content(task: Task) -> bool:
+            readers = [n for n in program.quantizable if task.node in (n, input_edge(n))]
+            if task.kind == WEIGHT:
+                readers = [task.node]
+            return bool(readers) and all(groups[str(weight_path(node))] == CONTENT for node in readers)
+
+        return [replace(t, content=metric, name=f"{t.name} {self.content}") if content(t) else t for t in tasks]
 
     @property
     def estimator(self) -> LossEstimator:
@@ -230,7 +263,9 @@ class Sensitivity(Pass):
             changed = QuantizedEdge.of(program, fits, task.kind, node.name, choice)(ablation.value(node), time)
             readers = [n for n in program.quantizable if input_edge(n) is node]
             output = ablation.output(operands=dict.fromkeys(readers, changed))
-        return noise_power(output, ablation.reference, input_weights(program, inputs))
+        given = output, ablation.reference
+        weights = input_weights(program, inputs)
+        return noise_power(*given, weights) if task.content is None else task.content(*given, inputs, weights)
 
 
 class _Measurement:

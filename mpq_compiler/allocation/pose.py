@@ -173,7 +173,14 @@ class Terms:
         def in_decibels(losses: Losses) -> Losses:
             return {c: max(10 * math.log10(max(x, 1e-300)), -CEILING_DB) for c, x in losses.items()}
 
-        return _with_losses(table, in_decibels)
+        found = _with_losses(table, in_decibels)
+        if "content" in table:  # their sum of SSIM is the paper's as it is
+            content = [layer for layer in table["layers"] if layer.get("group") == CONTENT]
+            others = {e for layer in table["layers"] if layer not in content for e in layer["edges"]}
+            edges = {e for layer in content for e in layer["edges"]} - others
+            found["weights"] |= {layer["name"]: table["weights"][layer["name"]] for layer in content}
+            found["activations"] |= {e: table["activations"][e] for e in edges}
+        return found
 
 
 def group_budgets(total: float, sizes: Mapping[str, float], ratio: float) -> dict[str, float]:

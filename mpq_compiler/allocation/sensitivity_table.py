@@ -8,12 +8,12 @@ needs neither the model nor torch.
      "layers": [{"name", "group"?, "weights"?, "edges", "macs",
                  "formats": {format: {"bits", "bytes", "float_macs"?, "float"?}}}],
      "elements": {edge: count},
-     "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic", "floating", "fixed_microseconds"?}
+     "attention_costs": {call: {"macs", "elements", "bytes"}}, "dynamic", "floating", "content"?, "fixed_microseconds"?}
 
 ``dynamic`` says that edges of linear layers were measured with one scale a row, ``floating`` that activations are small
-floats, which layers of every format read ("fp8 f8"). With a latency table, formats have their ``microseconds``, and
-``fixed_microseconds`` is the time that no format changes. An attention is a layer of its own, whose choices are "float"
-and the widths of its operands and probabilities.
+floats, which layers of every format read ("fp8 f8"), ``content`` that losses of content layers are 1 - SSIM. With a
+latency table, formats have their ``microseconds``, and ``fixed_microseconds`` is the time that no format changes. An
+attention is a layer of its own, whose choices are "float" and the widths of its operands and probabilities.
 """
 
 from __future__ import annotations

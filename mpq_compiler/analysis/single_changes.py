@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
+from mpq_compiler.analysis.content_loss import ContentLoss
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.edges import attention_arguments
 from mpq_compiler.ir.graph import operand, softmax
@@ -31,6 +32,8 @@ class Task:
     """The name of its result in the cache."""
     rounding: Rounding = Rounding.NEAREST
     """How a weight's codes are chosen."""
+    content: ContentLoss | None = None
+    """The metric, where it is not noise power."""
 
 
 def quantized_weight(program: Program, fits: FitCache, task: Task) -> dict[fx.Node, Tensor]:

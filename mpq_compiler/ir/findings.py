@@ -22,6 +22,8 @@ class LossTable(TypedDict):
     """Whether the edges that linear layers alone read were quantized by row."""
     floating: NotRequired[bool]
     """Whether activations were small floats."""
+    content: NotRequired[str]
+    """The metric of content layers, where it is another than that of the others."""
 
 
 class FormatCosts(TypedDict):

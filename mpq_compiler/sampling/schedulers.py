@@ -82,6 +82,10 @@ class Scheduler(ABC):
         return x
 
     @abstractmethod
+    def predicted(self, output: Array, x: Array, timestep: float) -> Array:
+        """The clean latents that an `output` predicts for latents `x` as the model takes them, at a timestep."""
+
+    @abstractmethod
     def step(self, output: Array, index: int, steps: int, x: Array, fresh: Array | None = None) -> Array:
         """Takes one step: the next latents, float32, from the latents `x` and the model's `output` for them.
 
@@ -168,6 +172,10 @@ class NoiseSchedule(Scheduler):
         a = self.alphas_cumprod[int(self.timesteps(steps)[index])]
         return np.float32(math.sqrt(a)) * image + np.float32(math.sqrt(1 - a)) * noise
 
+    def predicted(self, output: Array, x: Array, timestep: float) -> Array:
+        a = float(np.interp(timestep, np.arange(self.num_train_timesteps), self.alphas_cumprod))
+        return self._prediction(output, a, x)[0]
+
     def _prediction(self, output: Array, a: float, x: Array) -> tuple[Array, Array]:
         """The predicted image and the predicted noise, where a share `a` of the power is signal."""
         signal, noise = np.float32(math.sqrt(a)), np.float32(math.sqrt(1 - a))
@@ -201,6 +209,9 @@ class DDIM(NoiseSchedule):
     def _clipped(self, image: Array) -> Array:
         limit = np.float32(self.clip_sample_range)
         return np.clip(image, -limit, limit) if self.clip_sample else image
+
+    def predicted(self, output: Array, x: Array, timestep: float) -> Array:
+        return self._clipped(super().predicted(output, x, timestep))
 
     def step(self, output: Array, index: int, steps: int, x: Array, fresh: Array | None = None) -> Array:
         timestep = int(self.timesteps(steps)[index])
@@ -399,6 +410,10 @@ class FlowMatchEuler(Scheduler):
         sigma = self.sigmas(steps)[index]
         begun: Array = sigma * noise + (1 - sigma) * image
         return begun
+
+    def predicted(self, output: Array, x: Array, timestep: float) -> Array:
+        image: Array = x - np.float32(timestep / self.num_train_timesteps) * output
+        return image
 
     def step(self, output: Array, index: int, steps: int, x: Array, fresh: Array | None = None) -> Array:
         sigma, after = self.sigmas(steps)[index : index + 2]

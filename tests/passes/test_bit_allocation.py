@@ -150,7 +150,7 @@ def test_ends_have_their_bits_and_all_else_the_budgets(uniform):
 
 def test_ends_that_were_not_measured_are_refused():
     program = widths_open(programs.after(MODEL, "sensitivity"))
-    for bits, what in ((7, "a format of 7 bits, and none was measured"), (3, "the ends 3 bits, which was not measured")):
+    for bits, what in ((7, "a format of 7 bits, and none was measured"), (3, "ends 3 bits, which was not measured")):
         with pytest.raises(UserError, match=what):
             BitAllocation(weights=5.5, activations=4.0, mixed=False, ends=bits).run(program, Session())
 

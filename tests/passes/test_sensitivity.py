@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
@@ -14,17 +15,20 @@ import pytest
 import scipy.stats
 import torch
 
-from mpq_compiler.allocation import costs
+from mpq_compiler.allocation import costs, mixdq_groups
+from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.analysis import noise_power as noise_powers
+from mpq_compiler.analysis.content_loss import ssim
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.ir import diff, ops, printer
-from mpq_compiler.ir.costs import weight_path
+from mpq_compiler.ir.costs import stored_bytes, weight_path
 from mpq_compiler.ir.edges import input_edge
-from mpq_compiler.ir.findings import SENSITIVITY
+from mpq_compiler.ir.findings import ALLOCATION, SENSITIVITY
 from mpq_compiler.ir.graph import weight_of
 from mpq_compiler.ir.interpreter import Interpreter, run
-from mpq_compiler.ir.program import TIME_GROUPS, Program, TensorStore
+from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program, TensorStore
+from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import activation_parameters, bias_of, corrected_bias, fitted
@@ -291,3 +295,49 @@ def test_layers_with_many_inputs_keep_their_moments_in_blocks(monkeypatch):
             errors = [float(output_error(fit.dequantize() - rows, gram).sum()) for fit in fits]
             ratios.append(errors[0] / errors[1])
     assert several > 5 and max(ratios) < 1.3 and sum(ratios) / len(ratios) < 0.95
+
+
+def test_content_layers_have_a_metric_of_their_own(tmp_path):
+    """Their losses are 1 - SSIM of clean images, those of quality layers stay noise, and budgets have to be apart."""
+    program, session = programs.after(MODEL, "time-groups"), Session(programs.denoiser(MODEL), cache=tmp_path)
+    noise, mixed = (
+        dataclasses.replace(PASS, content=metric).run(program, session).facts[SENSITIVITY]
+        for metric in ("noise", "ssim")
+    )
+    groups = mixdq_groups.groups(program)
+    for path, losses in noise["weights"].items():
+        assert (mixed["weights"][path] == losses) == (groups[path] == QUALITY)
+        assert all(0 <= loss < 2 for loss in mixed["weights"][path].values())
+    content = [path for path, group in groups.items() if group == CONTENT]
+    order = [[table["weights"][path]["int2"] for path in content] for table in (noise, mixed)]
+    assert content and scipy.stats.spearmanr(*order).statistic > 0.5
+    assert mixed["content"] == "ssim" and "content" not in noise
+    apart = program.fork()
+    apart.facts[SENSITIVITY] = mixed
+    with pytest.raises(UserError, match="budgets of their own"):
+        BitAllocation(weights=6.0).run(apart, session)
+    paper = {"ratios": (0.8, 1.0), "activation_ratios": (1.0, 1.1), "objective": "paper-db", "images": 2}
+    planned = BitAllocation(weights=6.0, activations=6.0, **paper).run(apart, session)
+    assert all(found["ratio"] and found["activation_ratio"] for found in planned.facts[ALLOCATION]["candidates"])
+    assert stored_bytes(planned) <= 6.0 * program.facts[PARAMETERS] / 8
+    with pytest.raises(UserError, match="add method=ablation"):
+        Sensitivity(content="ssim")
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_structural_similarity_of_whole_images(channels):
+    """It is that of scikit-image's formula with one window, whatever range the images have."""
+    x = torch.rand(2, channels, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (x - x.amin((1, 2, 3), True)) / (x.amax((1, 2, 3), True) - x.amin((1, 2, 3), True))
+    y = (x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)).clamp(0, 1)
+    expected = []
+    for a, b in zip(x.flatten(2).numpy(), y.flatten(2).numpy(), strict=True):
+        each = []
+        for p, q in zip(a, b, strict=True):
+            (vp, c), (_, vq) = np.cov(p, q, ddof=0)
+            top = (2 * p.mean() * q.mean() + 1e-4) * (2 * c + 9e-4)
+            each.append(top / ((p.mean() ** 2 + q.mean() ** 2 + 1e-4) * (vp + vq + 9e-4)))
+        expected.append(np.mean(each))
+    np.testing.assert_allclose(ssim(x, y), expected, rtol=1e-9)
+    np.testing.assert_allclose(ssim(5 * x - 3, 5 * y - 3), expected, rtol=1e-9)
+    assert torch.equal(ssim(x, x), torch.ones(2, dtype=torch.float64))

@@ -16,7 +16,16 @@ import torch
 from mpq_compiler.frontend import denoiser as denoisers
 from mpq_compiler.frontend import trajectories
 from mpq_compiler.sampling.loop import gaussian, sample
-from mpq_compiler.sampling.schedulers import DDIM, LCM, Euler, NoiseSchedule, Scheduler, exchanged, from_config
+from mpq_compiler.sampling.schedulers import (
+    DDIM,
+    LCM,
+    Euler,
+    FlowMatchEuler,
+    NoiseSchedule,
+    Scheduler,
+    exchanged,
+    from_config,
+)
 from mpq_compiler.support.errors import UserError
 from tests.harness import tiny
 
@@ -239,3 +248,23 @@ def test_timesteps_descend_within_range(spacing: str) -> None:
 def test_no_torch_is_needed(tmp_path: Path) -> None:
     code = "import mpq_compiler.sampling.loop, sys; assert not {'torch', 'diffusers', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize("solver", [DDIM, Euler, FlowMatchEuler])
+def test_the_clean_latents_that_an_output_predicts(solver, prediction):
+    """A perfect output predicts the latents that noise was laid on, at every step."""
+    if solver is FlowMatchEuler:
+        scheduler = solver()
+    else:
+        scheduler = solver(prediction_type=prediction, **({"clip_sample": False} if solver is DDIM else {}))
+    image, noise = np.random.default_rng(0).standard_normal((2, 3, 4, 4), dtype=np.float32)
+    for index, time in enumerate(scheduler.timesteps(5)):
+        given = scheduler.scaled(scheduler.noised(image, noise, index, 5), index, 5)
+        if solver is FlowMatchEuler:
+            output = noise - image
+        else:
+            a = np.interp(time, np.arange(1000), scheduler.alphas_cumprod)
+            velocity = np.sqrt(a) * noise - np.sqrt(1 - a) * image
+            output = {"epsilon": noise, "sample": image, "v_prediction": velocity}[prediction].astype(np.float32)
+        np.testing.assert_allclose(scheduler.predicted(output, given, float(time)), image, atol=2e-3)
