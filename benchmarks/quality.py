@@ -96,9 +96,9 @@ def _by_samplers(cell: Cell, painter: Painter) -> dict[str, dict[str, Any]]:
     """Errors of a judge's images by each of the other samplers."""
     found = {}
     for name, (solver, steps) in SAMPLERS.items() if cell.model in JUDGED else ():
-        conditions = painter.conditioning.varied(cell.images)
-        images = _images(_sampled(painter, solver), conditions, cell.images, steps)
-        found[name] = _errors(_float_images(cell.model, solver, steps, cell.images), images)
+        conditions = painter.conditioning.varied(IMAGES)
+        images = _images(_sampled(painter, solver), conditions, IMAGES, steps)
+        found[name] = _errors(_float_images(cell.model, solver, steps, IMAGES), images)
     return found
 
 
@@ -152,7 +152,6 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: int | Non
         "seconds": seconds,
         "fallbacks": len(report.fallbacks),
         "trained": next((step for step in report.passes if step["name"] == "distill"), None),
-        **({"samplers": samplers} if samplers else {}),
         "notes": report.notes,
         **provenance(),
     }
@@ -162,6 +161,8 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: int | Non
         first = [images[:count] for images in pictures]
         labels = None if conditions.labels is None else conditions.labels[:count]
         rows.append({"cell": asdict(replace(cell, images=count)), **known, **_judged(first, features, labels)})
+        if samplers and count == cell.images:
+            rows[-1]["samplers"] = samplers
     return Outcome(rows, [images[:STRIP] for images in pictures] if cell.strip else [])
 
 

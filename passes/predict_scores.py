@@ -77,6 +77,9 @@ class PredictScores(Pass):
     """Predictors; each is judged by the part of the configurations that it was not trained on."""
     epochs: int = 60
     """Epochs of training of each predictor."""
+    ranking: Literal["spearman", "ndcg", "hybrid"] = "spearman"
+    """What norms of embeddings are trained for: Spearman's correlation of all ranks, the gain of a ranking by the best
+    ones (NDCG), or both."""
 
     def __post_init__(self) -> None:
         self.require("inputs", 1)
@@ -99,7 +102,7 @@ class PredictScores(Pass):
         drawn = random_plans.drawn(list(fits.calls), self.formats, self.configurations, session.seed)
         labels = self._labels(program, fits, drawn, inputs, results, session)
         units, alone = qua2sedimo_graph.units(graph), qua2sedimo_graph.alone(graph)
-        training = Training(self.folds, self.epochs)
+        training = Training(self.folds, self.epochs, ranking=self.ranking)
         learner = Learner(graph, self._features(program, fits), [*units, *alone], training, session.seed)
         folds = self._folds(learner, drawn, labels, results, session)
         mean = [torch.tensor([fold.variants[i] for fold in folds]).mean(0) for i in range(len(learner.units))]
@@ -175,7 +178,8 @@ class PredictScores(Pass):
         self, learner: Learner, drawn: Sequence[Configuration], labels: Tensor, results: cache.Results, session: Session
     ) -> list[Scored]:
         def name(fold: int) -> str:
-            return f"fold {fold} of {self.folds} {self.epochs} epochs {len(drawn)}"
+            ranking = "" if self.ranking == "spearman" else f" {self.ranking}"
+            return f"fold {fold} of {self.folds} {self.epochs} epochs {len(drawn)}{ranking}"
 
         missing = [fold for fold in range(self.folds) if name(fold) not in results]
         if missing:

@@ -24,6 +24,10 @@ HIDDEN = 32
 """The width of the embeddings after an attention."""
 SLOPE = 0.2
 """The negative slope of the leaky ReLU in the attention."""
+MOST = 50.0
+"""The relevance of the best configuration, from 0 for the worst fifth (`relevance`)."""
+PLACES = 512
+"""The places of a ranking that its gain counts (NDCG)."""
 TEMPERATURE = 0.3
 """The temperature of the sigmoids that count ranks, in standard deviations."""
 DIGITS = 6
@@ -42,6 +46,8 @@ class Training:
     clip: float = 5.0
     ranks: float = 1.0
     """The weight of the rank loss, relative to the squared error of the prediction."""
+    ranking: str = "spearman"
+    """What the rank loss is of: ``spearman``, ``ndcg`` or both (``hybrid``)."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,43 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float(correlation(*(x.argsort().argsort().double() for x in (a, b))))
 
 
+def relevance(labels: Tensor, known: Tensor) -> Tensor:
+    """The relevance of labels, f64 from 0 to `MOST`: 0 for the worst fifth of the ``known`` ones, most for the best."""
+    low, high = torch.quantile(known.double(), 0.2), known.double().max()
+    return MOST * ((labels.double() - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+
+
+def _gains(relevant: Tensor) -> Tensor:
+    """The gains 2^relevance - 1 [N], relative to that of the most relevant one."""
+    return (torch.exp2(relevant - relevant.max()) - torch.exp2(-relevant.max())).clamp_min(0)
+
+
+def _discounts(places: Tensor) -> Tensor:
+    """What a gain counts at places [N], from 0 on."""
+    return torch.where(places < PLACES, 1 / torch.log2(places.double() + 2), 0.0)
+
+
+def ndcg(scores: Tensor, relevant: Tensor) -> float:
+    """Normalized discounted cumulative gain of a ranking by scores [N], at most 1 (Järvelin and Kekäläinen 2002)."""
+    gains, order = _gains(relevant), torch.argsort(scores, descending=True, stable=True)
+    weights = _discounts(torch.arange(len(gains)))
+    best = float(gains.sort(descending=True).values @ weights)
+    return float(gains[order] @ weights) / best if best > 0 else 1.0
+
+
+def lambda_rank(scores: Tensor, relevant: Tensor) -> Tensor:
+    """The loss of scores [N] by relevance [N] whose gradients are LambdaRank's (Burges 2010, MSR-TR-2010-82, sigma 1).
+
+    Each pair has the logistic loss of its order, weighted by what an exchange of the two does to NDCG.
+    """
+    gains, order = _gains(relevant), torch.argsort(scores.detach(), descending=True, stable=True)
+    weights = _discounts(order.argsort())
+    best = gains.sort(descending=True).values @ _discounts(torch.arange(len(gains)))
+    change = (gains[:, None] - gains).abs() * (weights[:, None] - weights).abs() / best.clamp_min(1e-12)
+    pairs = nn.functional.softplus(scores - scores[:, None]).double()  # the row's to be above the column's
+    return (change * pairs)[relevant[:, None] > relevant].sum().to(scores.dtype)
+
+
 @dataclass(frozen=True)
 class Scored:
     """The scores by one fold's predictor."""
@@ -183,7 +226,10 @@ class Scored:
     prediction: float
     """Spearman's correlation of prediction and truth on the configurations held out from its training."""
     hops: tuple[float, ...]
-    """Spearman's correlation of each hop's pooled norms with the truth; it weights scores of units of that reach."""
+    """Spearman's correlation of each hop's pooled norms with the truth, times NDCG where training was by that.
+
+    It weights scores of units of that reach.
+    """
     variants: tuple[tuple[float, ...], ...]
     """The score of each variant of each unit, in the order of `variants_of`."""
 
@@ -252,6 +298,7 @@ class Learner:
         how, (rows, _) = self.training, self.split(fold, len(labels))
         generator = torch.Generator().manual_seed(self.seed + 1 + fold)
         wanted = (labels - labels[rows].mean()) / labels[rows].std().clamp_min(1e-6)
+        relevant = relevance(labels, labels[rows])
         optimizer = torch.optim.AdamW(predictor.parameters(), how.rate, weight_decay=how.decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, how.epochs)
         predictor.train()
@@ -262,7 +309,11 @@ class Learner:
                 loss = (prediction - wanted[batch]).square().mean()
                 ranks = wanted[batch].argsort().argsort().float()
                 for hop, pool in self.pools.items():
-                    ranked = 1 - correlation(soft_ranks(norms[hop][:, pool].mean(1)), ranks)
+                    pooled, ranked = norms[hop][:, pool].mean(1), torch.zeros(())
+                    if how.ranking != "ndcg":
+                        ranked = 1 - correlation(soft_ranks(pooled), ranks)
+                    if how.ranking != "spearman":
+                        ranked = ranked + lambda_rank(pooled, relevant[batch])
                     loss = loss + how.ranks / len(self.pools) * ranked
                 optimizer.zero_grad()
                 loss.backward()
@@ -284,10 +335,15 @@ class Learner:
         seen, held = self.split(fold, len(labels))
         prediction, judged = predictor(choices[held], self.everything, *self.edges)
         moments = self.moments(predictor, choices[seen])
-        hops = tuple(
-            spearman(judged[hop][:, self.pools[hop]].mean(1), labels[held]) if hop in self.pools else 0.0
-            for hop in range(self.hops + 1)
-        )
+
+        def weight(pooled: Tensor) -> float:
+            found = spearman(pooled, labels[held])
+            if self.training.ranking == "spearman":
+                return found
+            return found * ndcg(pooled, relevance(labels[held], labels[seen]))
+
+        pooled = {hop: judged[hop][:, pool].mean(1) for hop, pool in self.pools.items()}
+        hops = tuple(weight(pooled[hop]) if hop in pooled else 0.0 for hop in range(self.hops + 1))
         found = []
         for unit in self.units:
             mean, spread = moments[unit.hops]

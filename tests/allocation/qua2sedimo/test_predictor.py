@@ -13,7 +13,10 @@ from mpq_compiler.allocation.qua2sedimo.predictor import (
     Learner,
     Scored,
     Training,
+    lambda_rank,
+    ndcg,
     padded,
+    relevance,
     soft_ranks,
     spearman,
     variants_of,
@@ -73,9 +76,13 @@ def oracle(learner: Learner, choices: torch.Tensor, noise: float) -> tuple[torch
 
 
 @pytest.mark.invariant("qua2sedimo-8")
-def test_scores_rank_the_formats_of_an_additive_oracle():
-    """Invariant: from 300 samples of summed random gains of layers the scores of no hop rank formats by them."""
-    learner = learner_of(4, qua2sedimo_graph.alone(graph_of(4)), folds=2)
+@pytest.mark.parametrize("ranking", ["spearman", "ndcg", "hybrid"])
+def test_scores_rank_the_formats_of_an_additive_oracle(ranking):
+    """Invariant: from 300 samples of summed random gains of layers the scores of no hop rank formats by them.
+
+    Losses that look at the best samples alone rank all of them less well.
+    """
+    learner = learner_of(4, qua2sedimo_graph.alone(graph_of(4)), folds=2, ranking=ranking)
     choices = sampled(learner, 300)
     labels, gains = oracle(learner, choices, noise=0.2)
     predictors = learner.predictors()
@@ -83,10 +90,11 @@ def test_scores_rank_the_formats_of_an_additive_oracle():
     for fold, predictor in enumerate(predictors):
         learner.fit(predictor, fold, choices, labels)
         found.append(learner.scored(predictor, fold, choices, labels))
-    assert min(fold.prediction for fold in found) > 0.9 and min(fold.hops[0] for fold in found) > 0.9
+    assert min(fold.prediction for fold in found) > 0.9
+    assert min(fold.hops[0] for fold in found) > (0.9 if ranking == "spearman" else 0.6)
     scores = torch.tensor([fold.variants for fold in found]).mean(0)
     centred = [(x - x.mean(1, keepdim=True)).flatten() for x in (scores, gains)]
-    assert spearman(*centred) > 0.9
+    assert spearman(*centred) > (0.9 if ranking == "spearman" else 0.75)
 
 
 @pytest.mark.invariant("qua2sedimo-4")
@@ -165,6 +173,27 @@ def test_soft_ranks_are_nearly_ranks():
     ranks = soft_ranks(values)
     assert ranks.argsort().tolist() == values.argsort().tolist()
     assert spearman(values, values.exp()) == pytest.approx(1) and spearman(values, -values) == pytest.approx(-1)
+
+
+def test_gains_of_rankings_and_the_gradients_that_raise_them():
+    """The order of relevance has a gain of 1, and each pair is pushed apart by what its exchange does to the gain."""
+    labels = torch.tensor([0.3, 2.0, 1.1, 5.0, 4.5, 0.1])
+    relevant = relevance(labels, labels)
+    assert relevant.max() == 50 and relevant.min() == 0
+    assert ndcg(labels, relevant) == pytest.approx(1) and ndcg(-labels, relevant) < 0.9
+    scores = torch.tensor([1.0, 0.2, 0.5, 0.4, 0.9, -0.3], dtype=torch.float64, requires_grad=True)
+    (found,) = torch.autograd.grad(lambda_rank(scores, relevant), scores)
+    expected = torch.zeros(6, dtype=torch.float64)
+    for i in range(6):
+        for j in range(6):
+            if relevant[i] > relevant[j]:
+                swapped = scores.detach().clone()
+                swapped[[i, j]] = swapped[[j, i]]
+                change = abs(ndcg(swapped, relevant) - ndcg(scores.detach(), relevant))
+                push = change / (1 + float(torch.exp(scores[i] - scores[j])))
+                expected[i] -= push
+                expected[j] += push
+    torch.testing.assert_close(found, expected)
 
 
 def test_folds_part_the_configurations_and_the_seed_decides_everything():
