@@ -1,44 +1,32 @@
-"""Small floats against integers in all layers of the bundled denoiser: weights, activations, ways of rounding.
+"""Small floats against integers in all layers of the bundled denoisers: weights, activations, ways of rounding.
 
-    python benchmarks/small_floats.py [--json FILE] [--docs FILE]
+    python -m benchmarks.small_floats [--models NAME ...] [--docs FILE]
 
-The model is calibrated once as by default. Quality is the teacher-forced SQNR of the simulated program on the 64
-held-out inputs that `mpqc compile` judges by. --docs writes the tables between the marks of docs/recipes.md.
+Each model is calibrated once as by default. Judged are the teacher-forced SQNR of the simulated program on the 64
+held-out inputs that `mpqc compile` judges by, and images from the same noise, of three seeds (`benchmarks.plans`).
+--docs writes the tables between the marks of docs/recipes.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
+import statistics
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import documents
-from benchmarks.machine import provenance
-from mpq_compiler.driver import judge
-from mpq_compiler.driver.options import Options
-from mpq_compiler.evaluation.metrics import sqnr_db
+from benchmarks import documents, plans
+from benchmarks.quality_cells import MODELS
 from mpq_compiler.formats import activation
-from mpq_compiler.frontend import denoiser
-from mpq_compiler.ir import costs, interpreter, ops
-from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
-from mpq_compiler.pipeline import manager
-from mpq_compiler.pipeline.parser import parse
-from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.requests import Requests
+from mpq_compiler.ir import interpreter, ops
 from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES
-from mpq_compiler.support.execution import batches
+from mpq_compiler.support import terminal
 
-MODEL = "fashion-unet"
 FRONT = "trace,layout,calibrate,time-groups"
-BACK = "bit-allocation{{uniform={},{}}},insert-fake-quant,round-weights{{method={}}}"
+PLAN, BACK = "bit-allocation{{uniform={},{}}}", "insert-fake-quant,round-weights{{method={}}}"
 FLOAT = "activation_format=float"
 E4M3 = "only E4M3"
 """Behind the options: activations have that encoding and no other."""
@@ -59,69 +47,65 @@ METHODS = ("nearest", "learned", "gptq")
 RESULTS = Path(__file__).parent / "results" / "small_floats.json"
 
 
-class Bench:
-    def __init__(self) -> None:
-        from torch import fx
+class Bench(plans.Judge):
+    def __init__(self, model: str, images: int) -> None:
+        super().__init__(model, frozenset({RANGE, VALUES, GRAM}), FRONT, images, terminal.progress)
+        self.name = model
 
-        self.model = denoiser.load(MODEL)
-        self.held_out = judge.held_out(self.model, Options())
-        self.expected = self.model(**self.held_out).numpy()
-        self.session = Session(self.model, requests=Requests(frozenset({RANGE, VALUES, GRAM})))
-        front = parse(FRONT)
-        start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-        self.front, _ = manager.run_pipeline(front, start, self.session)
-        self.present = {p for each in front for p in each.provides}
-
-    def row(self, weights: str, options: str, method: str = "nearest") -> dict[str, Any]:
-        import numpy as np
-
+    def row(self, weights: str, options: str, method: str) -> dict[str, Any]:
         exponents = (lambda bits: (4,)) if options.endswith(E4M3) else activation.exponents
         begin = time.process_time()
-        passes = parse(BACK.format(weights, options.removesuffix(f",{E4M3}"), method))
         with mock.patch.object(activation, "exponents", exponents):
-            program, _ = manager.run_pipeline(passes, self.front, self.session, present=self.present)
+            plan = self.passed(PLAN.format(weights, options.removesuffix(f",{E4M3}")), self.floats)
+            program = self.passed(BACK.format(method), plan)
         seconds = time.process_time() - begin
-        y = np.concatenate([run(program, part).numpy() for part in batches(self.held_out)])
-        planned, _ = manager.run_pipeline(passes[:1], self.front, self.session, present=self.present)
         kinds = Counter(plan.kind for plan in program.activations.values())
         encodings = Counter(f"e{n.args[3]}" for n in program.graph.nodes if n.target is ops.dequantize_float8)
-        found = {"weights": weights, "options": options, "method": method, "db": sqnr_db(self.expected, y)}
-        found |= {"seconds": seconds, "activations": dict(kinds), "encodings": dict(encodings)}
-        found["bits"] = costs.average_bits(costs.stored_bytes(planned), planned.facts[PARAMETERS])
-        print(f"{weights:6} {options:36} {method:8} {found['db']:.2f} dB  {seconds:.0f} s", flush=True)
+        found = {"model": self.name, "weights": weights, "options": options, "method": method, "seconds": seconds}
+        found |= {"activations": dict(kinds), "encodings": dict(encodings), **self.judged(plan, program)}
+        print(f"{self.name} {weights:6} {options:36} {method:8} {plans.decibels(found)}  {seconds:.0f} s", flush=True)
         return found
 
 
-def tables(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """The tables by their marks."""
-    known = {(r["weights"], r["options"], r["method"]): r for r in rows}
-    eight = ["| weights | activations | true bits | SQNR, dB |", "| --- | --- | --- | --- |"]
-    for weights, options, first, second in EIGHT:
-        row = known[weights, options, "nearest"]
-        eight.append(f"| {first} | {second} | {row['bits']:.2f} | {row['db']:.1f} |")
-    four = ["| weights | nearest, dB | learned, dB | GPTQ, dB |", "| --- | --- | --- | --- |"]
-    for weights in FOUR:
-        cells = " | ".join(f"{known[weights, 'activations=8', method]['db']:.1f}" for method in METHODS)
-        four.append(f"| `{weights}` | {cells} |")
-    return {"activations": "\n".join(eight), "rounding": "\n".join(four)}
+def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The tables by their marks: of each model the output's SQNR and, behind a stroke, that of images."""
+    known = {(r["model"], r["weights"], r["options"], r["method"]): r for r in rows}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+
+    def both(model: str, weights: str, how: str, method: str) -> str:
+        row = known[model, weights, how, method]
+        return f"{row['output_db']:.1f} / {statistics.mean(row['image_db']):.1f}"
+
+    eight = [
+        [first, second, f"{known[models[0], weights, how, 'nearest']['true_bits']:.2f}"]
+        + [both(model, weights, how, "nearest") for model in models]
+        for weights, how, first, second in EIGHT
+    ]
+    four = [
+        [model, f"`{weights}`", *(both(model, weights, "activations=8", method) for method in METHODS)]
+        for model in models
+        for weights in FOUR
+    ]
+    return {
+        "activations": documents.table(("weights", "activations", "true bits", *models), eight),
+        "rounding": documents.table(("model", "weights", "nearest", "learned", "GPTQ"), four),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--images", type=int, default=32, help="from each seed (32)")
     parser.add_argument("--docs", type=Path, help="write the tables into this file")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    wanted = [(weights, how, "nearest") for weights, how, *_ in EIGHT]
+    wanted += [(weights, "activations=8", method) for method in METHODS for weights in FOUR]
     with interpreter.single_threaded():
-        bench = Bench()
-        wanted = [(weights, how, "nearest") for weights, how, *_ in EIGHT]
-        wanted += [(weights, "activations=8", method) for method in METHODS for weights in FOUR]
-        for each in dict.fromkeys(wanted):
-            rows.append(bench.row(*each))
-            document = {**provenance(), "model": MODEL, "rows": rows}
-            options.json.write_text(json.dumps(document, indent=1) + "\n")
+        benches = (Bench(model, options.images) for model in options.models)
+        rows = (bench.row(*each) for bench in benches for each in dict.fromkeys(wanted))
+        found = plans.written(rows, RESULTS, images=options.images)
     if options.docs:
-        for mark, table in tables(rows).items():
+        for mark, table in tables(found).items():
             documents.insert(options.docs, f"fpq {mark}", table)
 
 
