@@ -23,7 +23,7 @@ from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program, WeightPlan
 
 
 def format_costs(shape: Sequence[int], name: str, operations: int, floating: bool = False) -> FormatCosts:
-    """The costs of a weight in a format: bits, bytes, and those of a float branch or a float layer.
+    """The costs of a weight in a format: bits as it is multiplied, bytes, those of a float branch or a float layer.
 
     Args:
         shape: of the weight.
@@ -32,7 +32,7 @@ def format_costs(shape: Sequence[int], name: str, operations: int, floating: boo
         floating: whether activations are small floats, which float layers read like any other.
     """
     chosen = formats.get(name)
-    found: FormatCosts = {"bits": chosen.bits, "bytes": chosen.stored_bytes(*shape)}
+    found: FormatCosts = {"bits": chosen.operand_bits, "bytes": chosen.stored_bytes(*shape)}
     rows, columns = shape[0], math.prod(shape[1:])
     if branch := chosen.branch_elements(rows, columns):
         found["float_macs"] = operations // (rows * columns) * branch

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from mpq_compiler.allocation.sensitivity_table import BRANCH_BITS, CEILING_DB, CONTENT, QUALITY
+from mpq_compiler.allocation.sensitivity_table import CEILING_DB, CONTENT, QUALITY
+from mpq_compiler.ir.costs import layer_bops
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.findings import CostTable, LayerCosts, Losses, SensitivityTable
 from mpq_compiler.support.errors import BudgetError, UserError
@@ -323,11 +324,11 @@ def _choices(
     def choice(name: str, loss: float, bits: int | None) -> dict[str, Any]:
         costs, width = layer["formats"][name], FLOAT if bits is None else f"{kind}{bits}"
         noise = sum((unquantized if bits is None else table["activations"][e][str(bits)]) * shared[e] for e in edges)
-        branch = costs.get("float_macs", 0) * BRANCH_BITS * FLOAT_BITS
+        read = FLOAT_BITS if bits is None else bits
         spent = {
             "bytes": costs["bytes"],
             "activation_bits": (average if bits is None else bits) * elements,
-            "bops": layer["macs"] * costs["bits"] * (FLOAT_BITS if bits is None else bits) + branch,
+            "bops": layer_bops(layer["macs"], costs["bits"], read, costs.get("float_macs", 0)),
         }
         if "microseconds" in costs:
             spent["latency"] = costs["microseconds"]

@@ -32,8 +32,6 @@ from mpq_compiler.support.files import decode_json
 VERSION = 1
 """The version of the table's format."""
 
-BRANCH_BITS = 16
-"""The bits of the factors of a low-rank branch."""
 CEILING_DB = 120.0
 """The SQNR in dB of a tensor that is not quantized, where losses are summed in dB (`pose.Terms.decibels`)."""
 CONTENT, QUALITY = "content", "quality"

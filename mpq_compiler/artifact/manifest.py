@@ -48,6 +48,21 @@ class Memory(TypedDict):
     workspace_bytes: dict[str, int]
 
 
+class Cost(TypedDict):
+    """What an artifact costs: the figures that papers state beside quality."""
+
+    bytes: int
+    """The stored weights."""
+    float_bytes: int
+    """The float model's weights, in f32."""
+    peak_bytes: int | None
+    """What a call on one thread holds at most; None where the target does not say."""
+    bops: int | None
+    """Bit operations of a call, per sample (docs/allocation.md); None of artifacts that do not say."""
+    float_bops: int | None
+    """The float model's, at 32 bits."""
+
+
 class Target(TypedDict):
     """What the artifact runs on."""
 
@@ -239,3 +254,19 @@ class Manifest(TypedDict):
     versions: dict[str, str]
     files: dict[str, File]
     artifact_sha256: str
+
+
+def cost(manifest: Manifest) -> Cost:
+    """The bytes, the peak memory and the bit operations of an artifact."""
+    memory, plan = manifest.get("memory"), manifest.get("plan", {})
+    held = None
+    if memory is not None:
+        most = (max(each.values(), default=0) for each in (memory["activation_bytes"], memory["workspace_bytes"]))
+        held = memory["prepared_bytes"] + sum(most)
+    return {
+        "bytes": manifest["weights"]["payload_bytes"],
+        "float_bytes": 4 * manifest["model"]["parameters"],
+        "peak_bytes": held,
+        "bops": plan.get("bops"),
+        "float_bops": plan.get("float_bops"),
+    }

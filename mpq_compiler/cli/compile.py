@@ -189,13 +189,14 @@ def _print_parts(path: str, report: PipelineReport, told: list[str]) -> None:
             terminal.size(part.weights["bytes"]),
             f"{part.weights['average_bits']:.3f}",
             terminal.size(part.weights["float_bytes"]),
+            terminal.count(part.cost["bops"] or 0),
             f"{part.quality['sqnr_db']:.2f} dB",
             len(part.fallbacks),
         )
         for name, part in report.parts.items()
     ]
-    headers = ("part", "weights", "bits", "as f32", "SQNR", "fallbacks")
-    terminal.table(f"{path} for {report.target}", headers, rows, numeric=(1, 2, 3, 4, 5))
+    headers = ("part", "weights", "bits", "as f32", "BOPs", "SQNR", "fallbacks")
+    terminal.table(f"{path} for {report.target}", headers, rows, numeric=(1, 2, 3, 4, 5, 6))
     if report.shares:
         shares.print_shares("one budget: the PSNR that is expected of pictures", report.shares)
 
@@ -226,7 +227,8 @@ def _print_memory(found: Estimate) -> None:
 
 
 def _summary(report: Report) -> list[tuple[str, object]]:
-    weights = report.weights
+    weights, bops, float_bops = report.weights, report.cost["bops"], report.cost["float_bops"]
+    assert bops is not None and float_bops is not None
     return [
         ("weights", f"{terminal.size(weights['bytes'])}, {weights['average_bits']:.3f} true average bits"),
         ("as f32", terminal.size(weights["float_bytes"])),
@@ -236,6 +238,7 @@ def _summary(report: Report) -> list[tuple[str, object]]:
         ("SQNR", "{sqnr_db:.2f} dB, of {inputs} calls held out, run by the {executed_by}".format(**report.quality)),
         ("calibrated on", _calibrated(report.calibration)),
         *([("memory", terminal.memory(report.memory))] if report.memory else []),
+        ("BOPs", f"{terminal.count(bops)} of a call, {terminal.count(float_bops)} in float"),
         *([("latency", _predicted(report.latency))] if report.latency else []),
         *([("reuse", _reused(report.reuse))] if report.reuse else []),
         *((f"trained: {phase['phase']}", _trained(phase)) for phase in report.training),

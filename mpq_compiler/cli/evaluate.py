@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mpq_compiler.cli.options import (
     Commands,
@@ -20,6 +21,11 @@ from mpq_compiler.cli.options import (
 from mpq_compiler.support import terminal
 from mpq_compiler.support.errors import Notice, UserError
 
+if TYPE_CHECKING:
+    from mpq_compiler.artifact.manifest import Cost
+    from mpq_compiler.evaluation.conditional_difference import Figures, Told
+    from mpq_compiler.evaluation.user_functions import Judged, UserFunction
+
 METRICS = {
     "sqnr_db": ("SQNR of {calls} calls of the float model", " dB"),
     "trajectory_sqnr_db": ("SQNR of what is drawn, as latents", " dB"),
@@ -31,6 +37,8 @@ METRICS = {
     "class_accuracy": ("share whose class is recognized", ""),
 }
 """The metrics (docs/metrics.md): the title of each in a table, and its unit."""
+STEPS_SHOWN = 10
+"""The most sampling steps in a table."""
 
 
 def add(commands: Commands) -> None:
@@ -43,6 +51,16 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--prompts", type=Path, metavar="FILE", help="prompts to judge a pipeline by (default: 32 of our own)"
     )
+    parser.add_argument(
+        "--features", metavar="MODULE:FUNCTION", action="append", default=[],
+        help="FID, KID, precision and recall by features of a function from images to [N, D], such as Inception; it is "
+        "imported, in this folder too, and its code is run (docs/metrics.md); repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--score", metavar="MODULE:FUNCTION", action="append", default=[],
+        help="mean of a function from images and their prompts or classes to [N], such as a CLIP score, and the "
+        "difference to the float model's; likewise",
+    )  # fmt: skip
     parser.add_argument("--eval-steps", type=int, metavar="N", default=10, help="sampling steps (10)")
     parser.add_argument("--eval-seed", type=int, metavar="N", help="of the noise (default: calibration's and 1)")
     add_threads(parser)
@@ -55,15 +73,16 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> Any:
     """Evaluate the artifact or model, print the metrics with their intervals, and return them."""
     from mpq_compiler.artifact.pipeline import is_pipeline
+    from mpq_compiler.evaluation.user_functions import functions
 
-    given = of_compilation(args)
+    given, judges = of_compilation(args), functions(args.features, args.score)
     if is_pipeline(args.artifact):
-        result: Mapping[str, object] = _of_pipeline(args, given)
+        result: Mapping[str, object] = _of_pipeline(args, given, judges)
     else:
         if args.prompts is not None:
             raise UserError(f"--prompts is of a pipeline, and {args.artifact} is none: leave it out")
         drawn = (200 if args.images is None else args.images, args.eval_steps, args.eval_seed)
-        result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given, args.key)
+        result = evaluate_path(args.artifact, args.against, *drawn, terminal.progress, given, args.key, judges)
     _show(args.artifact, result)
     return result
 
@@ -83,18 +102,68 @@ def _show(path: str, result: Mapping[str, object]) -> None:
                 rows.append((said, f"{value:.4g}{unit}", span, f"{more['float']:.4g}" if "float" in more else ""))
             case value:
                 rows.append((said, f"{value:.4g}{unit}", "", ""))
+    judged = cast("Judged", result)
+    for name, by in judged.get("features", {}).items():
+        figures = {"FID": by["fid"], "KID": by["kid"], "precision": by["precision"], "recall": by["recall"]}
+        for metric, of in figures.items():
+            shown = ("n/a", "it needs more images") if of is None else (f"{of['value']:.4g}", _span(of))
+            rows.append((f"{metric}, {name}", *shown, ""))
+    for name, score in judged.get("scores", {}).items():
+        span, apart = f"{score['low']:.4g} .. {score['high']:.4g}", score["difference"]
+        rows.append((f"{name}, mean", f"{score['value']:.4g}", span, f"{score['float']:.4g}"))
+        rows.append((f"{name}, less the float model's", f"{apart['value']:+.4g}", _span(apart), ""))
     guidance = "" if result["guidance"] is None else f", guidance {result['guidance']:g}"
     settings = f"{result['images']} images, {result['steps']} steps, seed {result['seed']}{guidance}"
     headers = ("metric", "value", "95 % interval", "float model")
     terminal.table(f"{path}: {settings}", headers, rows, numeric=(1, 3))
+    if "conditional_difference" in result:
+        _show_difference(cast("Told", result["conditional_difference"]))
+    _show_costs(cast("Mapping[str, Cost]", result.get("parts") or {"": result["cost"]}))
 
 
-def _of_pipeline(args: argparse.Namespace, options: Mapping[str, object]) -> dict[str, object]:
+def _span(found: Mapping[str, float]) -> str:
+    return f"{found['low']:.4g} .. {found['high']:.4g}" if "low" in found else ""
+
+
+def _show_difference(found: Told) -> None:
+    """The table of what the condition changes, of some steps where there are many."""
+    steps = found["steps"]
+    shown = [*range(0, len(steps) - 1, -(-len(steps) // STEPS_SHOWN)), len(steps) - 1]
+    lines: list[tuple[str, str, Figures]] = [(str(i + 1), f"{steps[i]['timestep']:.4g}", steps[i]) for i in shown]
+    rows = [
+        (step, time, *("" if x is None else f"{x:.4f}" for x in (of["float"], of["compiled"], of["cosine"])))
+        for step, time, of in (*lines, ("all", "", found))
+    ]
+    title = f"what the condition changes in the output, |c - u| / |c|, of {found['images']} images"
+    terminal.table(title, ("step", "timestep", "float", "compiled", "cosine"), rows, numeric=range(1, 5))
+
+
+def _show_costs(costs: Mapping[str, Cost]) -> None:
+    """The table of what each part costs, and the float model."""
+    rows = [
+        (
+            part,
+            *(x and terminal.size(x) for x in (of["bytes"], of["float_bytes"], of["peak_bytes"])),
+            *(x and terminal.count(x) for x in (of["bops"], of["float_bops"])),
+        )
+        for part, of in costs.items()
+    ]
+    headers = ("part", "weights", "as f32", "peak memory", "BOPs", "in float")
+    terminal.table("what it stores, and what a call costs", headers, rows, numeric=range(1, 6))
+
+
+def _of_pipeline(
+    args: argparse.Namespace, options: Mapping[str, object], judges: Sequence[UserFunction]
+) -> dict[str, object]:
     """Draw the same prompts and noise with the compiled pipeline and with diffusers' own, and compare the pictures."""
     import numpy as np
 
+    from mpq_compiler.artifact import bundle
+    from mpq_compiler.artifact.manifest import cost
     from mpq_compiler.cli.compile import prompts_of
     from mpq_compiler.driver import pipeline as pipelines
+    from mpq_compiler.evaluation import user_functions
+    from mpq_compiler.evaluation.conditional_difference import PICTURES, ConditionalDifference, observed
     from mpq_compiler.evaluation.metrics import compare_images
     from mpq_compiler.evaluation.painter import check
     from mpq_compiler.frontend import checkpoint, pipeline_parts
@@ -110,22 +179,34 @@ def _of_pipeline(args: argparse.Namespace, options: Mapping[str, object]) -> dic
     guidance = pipe.guidance if args.guidance is None else args.guidance
     unseen = pipeline_parts.prompts(unseen=True, folder=checkpoint.place_of(args.against))
     texts = np.resize(prompts_of(args.prompts) or unseen, images).tolist()
+    user_functions.probe(judges, (3, *pipe.size), texts)
     source = pipelines.load(args.against)
     denoiser = pipelines.require_parts(source, pipelines.ROLES)
     shape = pipe.part(pipe.denoiser).manifest["sampling"]["shape"]
     noise = loop.gaussian(images, tuple(shape), seed)
+    said = None if pipe.document["guidance"] is None else guidance
+    difference = ConditionalDifference()
     with terminal.progress("drawing", 2 * images) as advance:
         ours, theirs = [], []
-        for text, one in zip(texts, noise, strict=True):
-            said = None if pipe.document["guidance"] is None else guidance
-            theirs.append(pipeline_parts.drawn(source, denoiser, text, one[None], args.eval_steps, said, pipe.size))
+        for index, (text, one) in enumerate(zip(texts, noise, strict=True)):
+            looked_at = index < PICTURES and pipe.document["null"] is not None
+            called = getattr(source, denoiser), pipe.part(pipe.denoiser), difference
+            with observed(*called) if looked_at else nullcontext():
+                theirs.append(pipeline_parts.drawn(source, denoiser, text, one[None], args.eval_steps, said, pipe.size))
             advance(1)
             ours.append(pipe.decode(pipe.latents([text], steps=args.eval_steps, guidance=guidance, noise=one[None])))
             advance(1)
-    pixels = np.concatenate(ours).transpose(0, 3, 1, 2)
-    compared = compare_images(2 * np.concatenate(theirs) - 1, 2 * pixels - 1, None, "", None)
-    kept = {name: compared[name] for name in ("images", "image_sqnr_db", "psnr_db", "ssim")}
-    return {**kept, "steps": args.eval_steps, "seed": seed, "guidance": guidance}
+    pictures = 2 * np.concatenate(theirs) - 1, 2 * np.concatenate(ours).transpose(0, 3, 1, 2) - 1
+    compared = compare_images(*pictures, None, "", None)
+    return {
+        **{name: compared[name] for name in ("images", "image_sqnr_db", "psnr_db", "ssim")},
+        **user_functions.compare(judges, *pictures, texts),
+        **({"conditional_difference": difference.to_json(min(images, PICTURES))} if difference.sums else {}),
+        "parts": {name: cost(bundle.read_manifest(pipe.path / name)) for name in pipe.document["parts"]},
+        "steps": args.eval_steps,
+        "seed": seed,
+        "guidance": guidance,
+    }
 
 
 def _require_no_effect(path: str, options: Mapping[str, Any]) -> None:
@@ -144,16 +225,22 @@ def _require_no_effect(path: str, options: Mapping[str, Any]) -> None:
         )
 
 
-def _require_drawing(model: str, steps: int, options: dict[str, Any]) -> None:
-    """UserError where the model cannot draw in so many steps; it is not held while its artifact is made."""
+def _require_drawing(model: str, steps: int, options: dict[str, Any], judges: Sequence[UserFunction]) -> None:
+    """UserError where the model cannot draw in so many steps, or a function not judge what it draws.
+
+    The model is not held while its artifact is made.
+    """
     from mpq_compiler.driver.lower import load_denoiser
     from mpq_compiler.driver.options import Options
+    from mpq_compiler.evaluation.evaluate import probe
+    from mpq_compiler.evaluation.painter import from_denoiser
     from mpq_compiler.support import cluster
 
     cluster.require(options.get("distributed"))
     loaded = load_denoiser(model, Options(**options))
     loaded.scheduler.timesteps(steps)
     loaded.conditioning.arguments(loaded.conditioning.varied(1), 1, options.get("guidance"))
+    probe(judges, from_denoiser(loaded))
 
 
 def evaluate_path(
@@ -165,10 +252,12 @@ def evaluate_path(
     progress: Any,
     options: dict[str, Any],
     key: str | None = None,
+    judges: Sequence[UserFunction] = (),
 ) -> dict[str, Any]:
     """`evaluate` of an artifact, or of a model that is compiled for this machine first, against its float model.
 
-    seed: of the noise; None: one that calibration did not draw from (`Painter.unseen`). key: that of `load`.
+    seed: of the noise; None: one that calibration did not draw from (`Painter.unseen`). key: that of `load`. judges: as
+    `evaluate` takes them for features and scores.
     """
     import tempfile
 
@@ -195,7 +284,7 @@ def evaluate_path(
                 raise UserError(f"--key is of an artifact that is signed, and {path} is a model: leave it out")
             against = against or path
             target = Path(scratch) / "compiled.mpq"
-            _require_drawing(path, steps, options)  # before it is compiled
+            _require_drawing(path, steps, options, judges)  # before it is compiled
             compile(path, target, progress, **options)
         else:
             _require_no_effect(path, options)
@@ -211,5 +300,6 @@ def evaluate_path(
         seed = painter.unseen if seed is None else seed
         with progress("evaluating", -(-images // BATCH) * steps * (1 + guided)) as advance:
             return evaluate(
-                *(painter, reference, images, steps, seed, loaded.features, guidance), lambda done, total: advance(1)
-            )
+                *(painter, reference, images, steps, seed, loaded.features, guidance), lambda done, total: advance(1),
+                features=[each for each in judges if not each.scores], score=[each for each in judges if each.scores],
+            )  # fmt: skip

@@ -122,6 +122,7 @@ def _origin(
 ) -> dict[str, Any]:
     """The manifest's entries on the model, the passes, the plan and the calibration."""
     allocation, assumptions = program.facts.get(ALLOCATION, {}), program.facts.get(ASSUMPTIONS, ())
+    bops, float_bops = costs.bops(planned)
     return {
         "name": denoiser.name,
         "model": {
@@ -140,6 +141,8 @@ def _origin(
             "layers": layer_rows(planned),
             "boundaries": program.facts[TIME_GROUPS].tolist(),
             "stored_bytes": costs.stored_bytes(planned),
+            "bops": bops,
+            "float_bops": float_bops,
             "fallbacks": dict(sorted(program.fallbacks.items())),
             **({"loss": allocation["objective"]} if allocation else {}),
             **({"numerics": program.facts[ATTENTION_NUMERICS]} if program.facts.get(ATTENTION_NUMERICS) else {}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
-from mpq_compiler.artifact.manifest import Manifest
+from mpq_compiler.artifact.manifest import Cost, Manifest, cost
 from mpq_compiler.driver.judge import Judged, KindQuality
 from mpq_compiler.driver.lower import Packed
 from mpq_compiler.driver.manifest import layer_rows, numerics_choices, numerics_of
@@ -53,6 +53,8 @@ class Report:
     """What was estimated before the first input ran (schemas/estimate.json); None where that was some seconds."""
     layers: list[dict[str, Any]]
     artifact: dict[str, Any]
+    cost: Cost
+    """Bytes, peak memory and bit operations, beside the float model's."""
     calibration: dict[str, Any]
     memory: dict[str, Any] | None
     """The manifest's entry on memory (docs/artifact.md), for targets that have one."""
@@ -126,6 +128,7 @@ def report(
             "bytes": sum(f["bytes"] for f in complete["files"].values()),
             "sha256": complete["artifact_sha256"],
         },
+        cost=cost(complete),
         calibration=dict(complete["calibration"]),
         memory=built.memory,
         target=target.name,

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from mpq_compiler.artifact.manifest import Cost, Manifest, cost
 from mpq_compiler.artifact.signature import Key
 from mpq_compiler.sampling import loop as sampling
 from mpq_compiler.sampling import text_encoder
@@ -38,6 +39,8 @@ class Painter:
     """A seed of noise on which it was not calibrated."""
     steps: int = 10
     """The usual number of sampling steps: those for which an artifact decided what steps reuse."""
+    cost: Cost | None = None
+    """Bytes, memory and bit operations of an artifact; None of a float model."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -122,6 +125,7 @@ def from_artifact(path: str | Path, threads: int | None = None, key: Key | None 
             TextEncoder.load(about["text"], compiled.artifact.file(text_encoder.FILE)) if about.get("text") else None,
         ),
         unseen=manifest["calibration"]["seed"] + 1,
+        cost=cost(cast(Manifest, manifest)),
         **({"steps": len(manifest["reuse"]["timesteps"])} if "reuse" in manifest else {}),
     )
 

@@ -179,6 +179,11 @@ class Format(ABC):
         """The bits of the longest code, which number the entries of a table."""
         return self.bits
 
+    @property
+    def operand_bits(self) -> int:
+        """The bits of a weight as it is multiplied: those of its level on a grid, or of an entry of a table."""
+        return self.bits
+
     def branch_elements(self, rows: int, columns: int) -> int:
         """The number of f16 elements of a float branch; each costs a multiplication for every input row, too."""
         return 0

@@ -53,6 +53,11 @@ class CodebookFormat(Format):
         return True
 
     @property
+    def operand_bits(self) -> int:
+        """Those of an entry, int8: entries lie on no coarser grid (Qua2SeDiMo counts 16, for entries in f16)."""
+        return 8
+
+    @property
     def trials(self) -> int:
         return 2 * ROUNDS * (1 + len(FACTORS)) * (2 if self.tiled else 1)
 

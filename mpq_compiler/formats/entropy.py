@@ -65,6 +65,10 @@ class EntropyFormat(Format):
         return 4 if self.rate <= FOUR_BITS else 8
 
     @property
+    def operand_bits(self) -> int:
+        return self.index_bits
+
+    @property
     def table(self) -> Tensor | None:
         """The table int8 [1, 16]; None where a code is its own value."""
         return torch.arange(-8, 8, dtype=torch.int8)[None] if self.index_bits == 4 else None

@@ -45,6 +45,10 @@ class TableFormat(Format):
         return (size,) * whole + ((rest,) if rest else ())
 
     @property
+    def operand_bits(self) -> int:
+        return 8 if self.table == floating.NF4 else self.bits  # a codebook like those that are learned
+
+    @property
     def lut(self) -> Tensor | None:
         """The table as int8 [1, 2^bits], or None."""
         return None if self.table is None else torch.tensor([self.table], dtype=torch.int8)

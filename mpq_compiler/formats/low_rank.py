@@ -71,6 +71,10 @@ class LowRankFormat(Format):
     def index_bits(self) -> int:
         return self.base.index_bits
 
+    @property
+    def operand_bits(self) -> int:
+        return self.base.operand_bits
+
     def branch_elements(self, rows: int, columns: int) -> int:
         return min(self.rank, rows, columns) * (rows + columns)
 

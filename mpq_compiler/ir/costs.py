@@ -19,6 +19,8 @@ ACTIVATION_GROUP_BYTES = 3
 """The stored bytes of a time group of an integer quantizer: an f16 scale and a u8 zero point."""
 FLOAT_GROUP_BYTES = 2
 """The stored bytes of a time group of a small-float quantizer: the f16 scale alone."""
+BRANCH_BITS = 16
+"""The bits of the factors of a low-rank branch."""
 
 
 def weight_path(node: fx.Node) -> str | None:
@@ -82,6 +84,41 @@ def macs(program: Program, batch: int = 1) -> dict[str, int]:
         weight = sizes[operand(node, 1).name].shape
         found[node.name] = sizes[node.name].numel() // batch * math.prod(weight[1:])
     return found
+
+
+def layer_bops(macs: int, weight_bits: int, activation_bits: int, branch_macs: int = 0) -> int:
+    """The bit operations of a layer: multiply-accumulates times the bits of both operands.
+
+    Args:
+        macs: multiply-accumulates of the layer.
+        weight_bits: of a weight as it is multiplied (`Format.operand_bits`).
+        activation_bits: of what the layer reads; 32 of floats.
+        branch_macs: multiply-accumulates of a low-rank branch, which reads floats.
+    """
+    return macs * weight_bits * activation_bits + branch_macs * BRANCH_BITS * FLOAT_BITS
+
+
+def bops(program: Program) -> tuple[int, int]:
+    """The bit operations per sample of a planned program's layers and attentions, and those of all of it in float.
+
+    An allocation's cost ``bops`` is the same sum over what it chooses for.
+    """
+    planned, unquantized, sizes = 0, 0, macs(program)
+    for node in program.quantizable:
+        operations, chosen = sizes[node.name], formats.get(program.weights[str(weight_path(node))].format)
+        shape = program.tensors[str(weight_of(node))].shape
+        rows, columns = shape[0], math.prod(shape[1:])
+        read = program.activations.get(input_edge(node).name)
+        bits = read.bits if read is not None and (chosen.integer or read.exponent is not None) else FLOAT_BITS
+        branch = operations // (rows * columns) * chosen.branch_elements(rows, columns)
+        planned += layer_bops(operations, chosen.operand_bits, bits, branch)
+        unquantized += layer_bops(operations, FLOAT_BITS, FLOAT_BITS)
+    for name, cost in attention_costs(program).items():
+        read = program.activations.get(softmax(name))
+        bits = FLOAT_BITS if read is None else read.bits
+        planned += int(cost["macs"]) * bits * bits
+        unquantized += int(cost["macs"]) * FLOAT_BITS * FLOAT_BITS
+    return planned, unquantized
 
 
 def activation_elements(program: Program) -> dict[str, int]:

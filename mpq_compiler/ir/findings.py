@@ -30,6 +30,7 @@ class FormatCosts(TypedDict):
     """What a layer costs in a format."""
 
     bits: int
+    """The bits of a weight as it is multiplied (`Format.operand_bits`)."""
     bytes: int
     float_macs: NotRequired[int]
     """Multiply-accumulates of a branch in float."""

@@ -41,6 +41,8 @@ class Conditions:
     """The unconditional values of these inputs; None where the model has no unconditional case."""
     labels: Array | None = None
     """The classes that are asked for, int64 [N], where images can be judged by them; else None."""
+    asked: Sequence[str | int] | None = None
+    """The prompts or the classes that are asked for, N of them; None where conditions come from no such thing."""
 
     def take(self, rows: Array) -> Conditions:
         """The conditions of these rows, by index."""
@@ -48,6 +50,7 @@ class Conditions:
             {name: value[rows] for name, value in self.values.items()},
             None if self.null is None else {name: value[rows] for name, value in self.null.items()},
             None if self.labels is None else self.labels[rows],
+            None if self.asked is None else [self.asked[row] for row in rows],
         )
 
 
@@ -116,14 +119,14 @@ class Conditioning:
             values, null = (
                 self._complete({TEXT: encoder.encode(p)}, len(prompts)) for p in (prompts, [""] * len(prompts))
             )
-            return Conditions(values, null, encoder.labels(prompts))
+            return Conditions(values, null, encoder.labels(prompts), prompts)
         if not text and self.by_class:
             labels = self._known_labels(np.asarray(wanted, np.int64))
             values = self._complete({LABELS: labels}, len(labels))
             if self.null_class is None:
-                return Conditions(values, None, labels)
+                return Conditions(values, None, labels, labels.tolist())
             empty = np.full_like(labels, self.null_class)
-            return Conditions(values, self._complete({LABELS: empty}, len(labels)), labels)
+            return Conditions(values, self._complete({LABELS: empty}, len(labels)), labels, labels.tolist())
         raise self._refusal(text)
 
     def _known_labels(self, labels: Array) -> Array:
@@ -278,7 +281,8 @@ class Conditioning:
         for labels in (part[LABELS] for part in (values, null) if LABELS in part):
             self._known_labels(labels)
         complete = self._complete(values, count)
-        return Conditions(complete, {**complete, **null} if null else None, values.get(LABELS))
+        asked = values[LABELS].tolist() if LABELS in values else None
+        return Conditions(complete, {**complete, **null} if null else None, values.get(LABELS), asked)
 
     def _known(self, name: str) -> str:
         return nearest(name, self.inputs.keys() - EMBEDDED.keys()) if self.inputs else "there is none"

@@ -383,6 +383,15 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def count(number: float) -> str:
+    """A large number for people, as options take it: 2.50T."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(number) < 1000 or unit == "T":
+            return f"{number:.0f}" if unit == "" else f"{number:.2f}{unit}"
+        number /= 1000
+    raise AssertionError
+
+
 def memory(entry: Mapping[str, Any]) -> str:
     """The memory that running an artifact takes, in words, from the manifest's entry `memory`."""
     most = {kind: size(max(entry[kind].values())) for kind in ("activation_bytes", "workspace_bytes")}

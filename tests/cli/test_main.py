@@ -58,6 +58,7 @@ def artifact(folder: Path, model: Path) -> Path:
     )
     assert report["weights"]["average_bits"] <= 5
     assert report["quality"]["executed_by"] == "artifact"
+    assert report["cost"]["bytes"] == report["weights"]["bytes"]
     assert report["additivity"]["inputs"] == 4 and abs(report["additivity"]["difference_db"]) < 3
     assert [p["name"] for p in report["passes"]] == [p.name() for p in parser.parse(report["pipeline"])]
     assert sum(layer["bytes"] for layer in report["layers"]) < report["weights"]["bytes"]
@@ -101,6 +102,8 @@ def test_eval_has_every_metric(folder: Path, model: Path, artifact: Path) -> Non
     assert result["calls"] == 12
     assert result["frechet_to_data"] is None
     assert "extractor" in result["reasons"]["frechet_to_data"]
+    assert result["cost"]["bytes"] < 5 / 32 * result["cost"]["float_bytes"] * 1.01
+    assert 0 < result["cost"]["bops"] < result["cost"]["float_bops"] and result["cost"]["peak_bytes"] > 0
 
 
 def prompted(folder: Path) -> Path:
@@ -138,6 +141,13 @@ def test_prompts_from_compiling_to_drawing(folder: Path, capsys: pytest.CaptureF
     few = ("--images", "4", "--eval-steps", "2", "--guidance", "2")
     judged = command(folder, "eval", output, "--against", model, *few)
     assert judged["guidance"] == 2 and judged["sqnr_db"] > 10
+    difference = judged["conditional_difference"]
+    assert difference["images"] == 4 and len(difference["steps"]) == 2 and difference["cosine"] > 0.9
+    assert difference["compiled"] == pytest.approx(difference["float"], rel=0.2)
+    told = capsys.readouterr().out
+    assert "what the condition changes in the output" in told and f"{difference['cosine']:.4f}" in told
+    assert mpqc.main([*map(str, ("eval", output, "--against", model, *few)), "--features", "os.path:exists"]) == 1
+    assert "--features is of images, and '" in capsys.readouterr().err
     command(folder, "verify", output)
     (output / "text.safetensors").write_bytes(b"")
     assert mpqc.main(["verify", str(output)]) == 1

@@ -221,9 +221,33 @@ def test_parts_are_those_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFix
     assert "parts are those of a pipeline" in said
 
 
-def test_pictures_are_held_against_those_of_the_float_pipeline(folder: Path, tmp_path: Path) -> None:
+JUDGES = """
+import torch
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3, 4), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+
+def words(images, prompts):
+    return images.mean((1, 2, 3)) + torch.tensor([len(prompt.split()) for prompt in prompts])
+"""
+
+
+def test_pictures_are_held_against_those_of_the_float_pipeline(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pipeline_judges.py").write_text(JUDGES)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     result = run(tmp_path, "eval", compiled_pipeline.path(), "--against", folder, "--images", 3, "--eval-steps", 4,
-                 cache=False)  # fmt: skip
+                 "--features", "pipeline_judges:net", "--score", "pipeline_judges:words", cache=False)  # fmt: skip
+    by, score = result["features"]["pipeline_judges:net"], result["scores"]["pipeline_judges:words"]
+    assert by["dimensions"] == 4 and by["recall"] is None and by["fid"]["value"] < 0.01
+    assert score["value"] > 2 and abs(score["difference"]["value"]) < 0.05
+    assert [*result["parts"]] == ["text_encoder", "unet", "vae", "vae_encoder"]
+    assert all(0 < part["bops"] < part["float_bops"] for part in result["parts"].values())
+    difference = result["conditional_difference"]
+    assert difference["images"] == 3 and len(difference["steps"]) == 4 and difference["cosine"] > 0.9
+    assert difference["compiled"] == pytest.approx(difference["float"], rel=0.1)
     assert schemas.check(result, "eval-pipeline") is None
     assert result["images"] == 3 and result["psnr_db"]["value"] > 33 and result["ssim"]["value"] > 0.95
 
@@ -232,6 +256,8 @@ def test_what_eval_of_a_pipeline_needs(tmp_path: Path, capsys: pytest.CaptureFix
     path = compiled_pipeline.path()
     assert "name the folder of the float one with --against" in refused(capsys, "eval", path)
     assert "--weights would change nothing" in refused(capsys, "eval", path, "--against", "x", "--weights", "4")
+    missing = ("eval", path, "--against", "x", "--score", "nowhere:f")
+    assert "--score 'nowhere:f' cannot be imported" in refused(capsys, *missing)
     assert "--prompts is of a pipeline" in refused(capsys, "eval", path / "unet", "--prompts", "x")
 
 

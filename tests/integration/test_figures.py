@@ -36,7 +36,7 @@ def judged(output: Path) -> dict[str, float]:
     """Metrics of the artifact, executed in the process that compiled it, against the float model on the same noise."""
     loaded = denoiser.load("fashion-unet")
     painters = painter.from_artifact(output), painter.from_denoiser(loaded)
-    result = evaluate.evaluate(*painters, IMAGES, STEPS, seed=1, features=loaded.features)
+    result = evaluate.evaluate(*painters, IMAGES, STEPS, seed=1, classifier=loaded.features)
     return {k: v["value"] if isinstance(v, dict) and "value" in v else v for k, v in result.items()}
 
 

@@ -191,6 +191,34 @@ def test_bit_operations_are_a_budget():
     assert spent(tight) <= limit < spent(program) and loss(tight) > loss(program)
 
 
+def test_the_bit_operations_of_a_plan_are_those_that_it_was_chosen_by():
+    """Attentions that are not chosen for are in float, and count beside."""
+    program = planned(weights=6.0)
+    others = sum(int(cost["macs"]) for cost in costs.attention_costs(program).values())
+    bops, float_bops = costs.bops(program)
+    assert bops == program.facts[ALLOCATION]["costs"]["bops"] + others * 32 * 32
+    assert float_bops == (sum(costs.macs(program).values()) + others) * 32 * 32 > bops
+
+
+def test_bit_operations_of_floats_attentions_and_branches():
+    program = programs.after(MODEL, "time-groups").fork()
+    macs, attentions = sum(costs.macs(program).values()), costs.attention_costs(program)
+    inner = sum(int(cost["macs"]) for cost in attentions.values())
+
+    def of(uniform: str) -> int:
+        return costs.bops(BitAllocation(uniform=uniform).run(program.fork(), Session()))[0] - inner * 32 * 32
+
+    assert of("int8") == macs * 8 * 8 and of("int3") == macs * 3 * 8
+    assert of("km3") == of("nf4") == of("ec2") == of("int8") and of("ec1.5") == macs * 4 * 8
+    assert of("fp8") == macs * 8 * 32
+    branch = 0
+    for node in program.quantizable:
+        rows, *rest = program.tensors[str(node.args[1].target)].shape
+        columns = math.prod(rest)
+        branch += costs.macs(program)[node.name] // (rows * columns) * min(2, rows, columns) * (rows + columns)
+    assert of("int3+r2") == of("int3") + branch * 16 * 32
+
+
 def test_uniform_needs_no_table():
     program = programs.after(MODEL, "time-groups").fork()
     program = BitAllocation(uniform="int3").run(program, Session())
