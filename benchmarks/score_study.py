@@ -35,12 +35,12 @@ from mpq_compiler.support import svg, terminal
 
 RECIPE = recipes.load("qua2sedimo")
 FORMATS: Sequence[str] = RECIPE.options["predict-scores"]["formats"]
-METHODS = {"int4": "uniform", "km4": "K-means of rows", "km4t": "K-means of the tensor"}
+METHODS = {"int4": "uniform", "km4": "K-means of the tensor", "km4t": "K-means of rows"}
 """The formats of 4 bits, and what they are in the paper."""
 RESULTS = Path(__file__).parent / "results" / "score_study.json"
 FIGURE = "scores.svg"
 KINDS = ("operation", "block")
-HEADERS = ("layers", "a bit: median (least .. most)", "uniform", "K-means of rows", "of the tensor")
+HEADERS = ("layers", "a bit: median (least .. most)", "uniform", "K-means of the tensor", "of rows")
 
 
 def scored(model: str, configurations: int) -> dict[str, Any]:
