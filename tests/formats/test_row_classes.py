@@ -254,7 +254,7 @@ def test_simulated_and_packed_programs_agree_and_every_byte_is_counted(steps):
     assert sum(each.array.nbytes for each in stored.values()) == costs.stored_bytes(after(steps, "bit-allocation"))
     mixed = {name: each for name, each in stored.items() if each.row_class is not None}
     classes = [packed.tensors[each.row_class] for each in mixed.values()]
-    assert len(mixed) == len(packed.weights) and sum(len(c.unique()) == 3 for c in classes) > 5
+    assert len(mixed) == len(packed.weights) and sum(len(c.unique()) == 3 for c in classes) > 2
     arrays = {name: each.array for name, each in stored.items()}
     for name, each in stored.items():
         again = stored_tensors.restored(each.entry(name), arrays)

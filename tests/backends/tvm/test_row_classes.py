@@ -67,6 +67,6 @@ def test_artifact_is_as_good_as_the_packed_program(name):
     emitted.test_artifact_is_as_good_as_the_packed_program("unet2d", name, "x86-64-avx2")
     case = packed.program("unet2d", name)
     classes = [t for name, t in case.program.tensors.items() if name.endswith(":row_class")]
-    assert sum(len(each.unique()) == 3 for each in classes) > 5
+    assert sum(len(each.unique()) == 3 for each in classes) > 2
     stored = stored_tensors.stored(case.program).values()
     assert sum(tensor.array.nbytes for tensor in stored) == costs.stored_bytes(case.planned)
