@@ -1,8 +1,9 @@
-"""What each part of the default recipe is worth: the recipe without it, all else as in `benchmarks.quality`.
+"""What each part of a recipe is worth: the recipe without it, all else as in `benchmarks.quality`.
 
     python -m benchmarks.ablation                      # the table of what is there
     python -m benchmarks.ablation --all                # computes what is missing, row by row; goes on where it was
     python -m benchmarks.ablation --all --setting W4A4 --part GPTQ training --docs docs/recipes.md
+    python -m benchmarks.ablation --all --recipe mpq-dmv2 --part relation
 
 Every row is the recipe with one part taken away or, behind a plus, with one that it leaves out. Its image SQNR less
 that of the whole recipe, which is the cell of `benchmarks.quality`, has a paired bootstrap interval over the images.
@@ -27,7 +28,6 @@ from mpq_compiler.pipeline.recipes import Recipe
 from mpq_compiler.support import terminal
 
 RESULTS = quality_cells.RESULTS.parent / "ablation"
-RECIPE = "default"
 SETTINGS = ("W2A8", "W4A4")
 Change = Callable[[Recipe], Recipe]
 
@@ -52,28 +52,45 @@ def _packed(recipe: Recipe) -> Recipe:
     return recipe.override("sensitivity", formats=recipe.options["sensitivity"]["packed"])
 
 
-PARTS: dict[str, Change] = {
-    "training": _without("distill"),
-    "training of weights": _with("distill", latent=0.0),
-    "training by images": _with("distill", unroll=0.0),
-    "entropy-coded weights": _packed,
-    "GPTQ": _with("round-weights", method="nearest"),
-    "a second plan": _with("bit-allocation", rounds=0),
-    "equalization": _without("equalize"),
-    "rotation": _without("rotate"),
-    "time groups": _with("time-groups", groups=1),
-    "gains of times": _without("time-gains"),
-    "mixed activations": _with("bit-allocation", mixed=False),
-    "+ 20 time groups": _with("time-groups", groups=20),
-    "+ split shortcuts": _before("calibrate", "split-shortcut"),
-    "+ learned rounding": _with("round-weights", method="learned"),
-    "+ adapters": _with("distill", adapters=32),
+def _formats(kept: Callable[[str], bool]) -> Change:
+    return lambda recipe: recipe.override(
+        "sensitivity", formats=[name for name in recipe.options["sensitivity"]["formats"] if kept(name)]
+    )
+
+
+PARTS: dict[str, dict[str, Change]] = {
+    "default": {
+        "training": _without("distill"),
+        "training of weights": _with("distill", latent=0.0),
+        "training by images": _with("distill", unroll=0.0),
+        "entropy-coded weights": _packed,
+        "GPTQ": _with("round-weights", method="nearest"),
+        "a second plan": _with("bit-allocation", rounds=0),
+        "equalization": _without("equalize"),
+        "rotation": _without("rotate"),
+        "time groups": _with("time-groups", groups=1),
+        "gains of times": _without("time-gains"),
+        "mixed activations": _with("bit-allocation", mixed=False),
+        "+ 20 time groups": _with("time-groups", groups=20),
+        "+ split shortcuts": _before("calibrate", "split-shortcut"),
+        "+ learned rounding": _with("round-weights", method="learned"),
+        "+ adapters": _with("distill", adapters=32),
+    },
+    "mpq-dmv2": {
+        "training": _without("distill"),
+        "relation": _with("distill", relation=0.0),
+        "residual orders by row": _formats(lambda name: "m" not in name),
+        "residuals": _formats(lambda name: "+b" not in name),
+        "+ adapters": _with("distill", adapters=32),
+        "+ adapters from the SVD": _with("distill", adapters=32, adapters_start="svd"),
+    },
 }
+"""The parts of each recipe."""
 
 
 @dataclass(frozen=True)
 class Row(quality_cells.Cell):
-    """The default recipe with one part changed."""
+    """A recipe with one part changed."""
 
     part: str = ""
 
@@ -90,7 +107,7 @@ class Row(quality_cells.Cell):
     @property
     def recipe_changed(self) -> Recipe:
         recipe = recipes.load(self.recipe)
-        return PARTS[self.part](recipe) if self.part else recipe
+        return PARTS[self.recipe][self.part](recipe) if self.part else recipe
 
     @property
     def file(self) -> Path:
@@ -132,18 +149,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=list(quality_cells.MODELS)[:1])
     parser.add_argument("--setting", nargs="+", choices=quality_cells.SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--recipe", choices=PARTS, default="default")
+    parser.add_argument("--part", nargs="+", help="(default: all of the recipe)")
     parser.add_argument("--all", action="store_true", help="compute the rows that are missing")
     parser.add_argument("--minutes", type=float, default=quality_cells.MINUTES)
     parser.add_argument("--images", type=int, default=quality_cells.IMAGES)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--docs", type=Path, help="write the results into this file, between the marks")
     options = parser.parse_args()
+    parts = options.part or list(PARTS[options.recipe])
+    if unknown := set(parts) - PARTS[options.recipe].keys():
+        names = ", ".join(PARTS[options.recipe])
+        parser.error(f"{options.recipe} has no part {sorted(unknown)[0]}: choose from {names}")
     rows = [
-        Row(model, setting, RECIPE, options.minutes, 0, options.images, part)
+        Row(model, setting, options.recipe, options.minutes, 0, options.images, part)
         for model in options.model
         for setting in options.setting
-        for part in ("", *options.part)
+        for part in ("", *parts)
     ]
     missing = [row for row in rows if not row.file.exists()]
     print(f"{len(rows) - len(missing)} of {len(rows)} rows are there", flush=True)
@@ -153,9 +175,10 @@ def main() -> None:
         write(row.file, found)
         print(f"{row.name}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
     lines = compared(rows)
-    terminal.table(f"parts of {RECIPE}", HEADERS, lines, numeric=(3, 4))
+    terminal.table(f"parts of {options.recipe}", HEADERS, lines, numeric=(3, 4))
     if options.docs:
-        documents.insert(options.docs, "ablation", documents.table(HEADERS, lines))
+        mark = "ablation" if options.recipe == "default" else f"ablation-{options.recipe}"
+        documents.insert(options.docs, mark, documents.table(HEADERS, lines))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import provenance
@@ -105,6 +105,9 @@ class Distill(Pass):
     adapters: int = 0
     """Rank of the adapters that move the weights, merged into what is quantized (QALoRA of EfficientDM, arXiv
     2310.03270, which has 32). 0: each weight moves by itself."""
+    adapters_start: Literal["zero", "svd"] = "zero"
+    """Where adapters start, without a change of any code: one factor at zero, so that the other learns nothing at
+    first, or both along the leading singular vectors of what the codes err by (MPQ-DMv2's low-rank initialization)."""
     range_network: bool = False
     """Makes scales of activations by small networks of the time, one for each tensor, rather than by tables that learn
     number by number (TDQ, arXiv 2306.02316); the tables of their outputs are stored."""
@@ -243,6 +246,8 @@ class Distill(Pass):
         for option in ("adapters", "blocks"):
             if getattr(self, option) and not self._latent(updates, session, images):
                 yield f"{option} had no effect: no update is of the weights themselves (latent)"
+        if self.adapters_start != "zero" and not self.adapters:
+            yield "adapters_start had no effect: each weight moves by itself (adapters)"
         if self.window and not self.relation:
             yield "window had no effect: no relation is learned, of whose features it is the mean (relation)"
         if self.relation and self._related(program, session) is None:
@@ -260,7 +265,8 @@ class Distill(Pass):
     def _stage(self, program: Program) -> Callable[..., Stage]:
         """Makes stages of a name, of weights or not, and of a number of updates, with the options of this pass."""
         network = self.range_network and len(program.facts[TIME_GROUPS]) > 0
-        return partial(Stage, rates=self._rates(), adapters=self.adapters, range_network=network)
+        svd = self.adapters_start == "svd"
+        return partial(Stage, rates=self._rates(), adapters=self.adapters, svd=svd, range_network=network)
 
     def _by_images(self, updates: int, session: Session, images: TrajectoryError | None) -> tuple[int, int]:
         """The steps by images that take as long as so many updates, and the groups of images; 0 if there are none."""

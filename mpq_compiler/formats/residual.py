@@ -8,7 +8,7 @@ worse than one more uniform bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,26 +82,41 @@ class ResidualFormat(Format):
     def _fit_ratio(self, weight: Tensor, gram: Tensor | None, ratio: float) -> QuantizedWeight:
         lut, alpha = self.tables(ratio)
         joint = torch.stack([lut[0].to(torch.int16) - alpha, lut[0].to(torch.int16) + alpha], -1).flatten()
-        table = joint.to(torch.int8)[None]
-        importance = torch.ones(weight.shape[1]) if gram is None else diagonal(gram).clamp_min(1e-12)
-        low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
-        span, centre = float(joint.max() - joint.min()), float(joint.max() + joint.min()) / 2
-        kept: tuple[Tensor, Tensor] | None = None
-        least = torch.full((len(weight),), torch.inf)
-        for start in STARTS:
-            scale = ((high - low) * start / span).clamp_min(F16_TINY)
-            offset = (low + high) / 2 - scale * centre
-            for _ in range(ROUNDS):
-                stored = stored_scale(scale), stored_type(offset[:, 0])
-                level = entries(nearest_codes(weight, *stored, table, None), table, None)
-                error = output_error(level * stored[0].float() + stored[1].float()[:, None] - weight, gram)
-                better = error < least
-                kept = stored if kept is None else _where(better, stored, kept)
-                least = torch.minimum(error, least)
-                scale, offset = _least_squares(level, weight, importance)
-        assert kept is not None
-        codes = nearest_codes(weight, *kept, table, None)
-        return QuantizedWeight(codes >> 1, kept[0], kept[1], lut, codes & 1, alpha)
+        fit = alternating(weight, gram, joint.to(torch.int8)[None])
+        return replace(fit, codes=fit.codes >> 1, lut=lut, signs=fit.codes & 1, alpha=alpha)
+
+
+def alternating(
+    weight: Tensor, gram: Tensor | None, table: Tensor, *starts: tuple[Tensor, Tensor]
+) -> QuantizedWeight:
+    """Fits rows [O, K] to a table int8 [1, entries]: levels for scales and scales for levels, in turn.
+
+    It begins with levels that span fractions of the range of a row. Of all that is met on the way each row keeps what
+    has the least output error, so that no start is better.
+
+    Args:
+        weight: the rows.
+        gram: as in `Format.fit`.
+        table: the levels.
+        starts: further scales and offsets [O, 1] to begin with.
+    """
+    importance = torch.ones(weight.shape[1]) if gram is None else diagonal(gram).clamp_min(1e-12)
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    span, centre = float(table.max()) - float(table.min()), (float(table.max()) + float(table.min())) / 2
+    scales = [((high - low) * start / span).clamp_min(F16_TINY) for start in STARTS]
+    kept: tuple[Tensor, Tensor] | None = None
+    least = torch.full((len(weight),), torch.inf)
+    for scale, offset in [*starts, *((scale, (low + high) / 2 - scale * centre) for scale in scales)]:
+        for _ in range(ROUNDS):
+            stored = stored_scale(scale), stored_type(offset[:, 0])
+            level = entries(nearest_codes(weight, *stored, table, None), table, None)
+            error = output_error(level * stored[0].float() + stored[1].float()[:, None] - weight, gram)
+            better = error < least
+            kept = stored if kept is None else _where(better, stored, kept)
+            least = torch.minimum(error, least)
+            scale, offset = _least_squares(level, weight, importance)
+    assert kept is not None
+    return QuantizedWeight(nearest_codes(weight, *kept, table, None), *kept, table)
 
 
 def _where(better: Tensor, new: tuple[Tensor, Tensor], old: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -118,5 +133,6 @@ def _least_squares(level: Tensor, weight: Tensor, importance: Tensor) -> tuple[T
     return scale, mean_weight - scale * mean_level
 
 
+INT1_B = ResidualFormat("int1+b", bits=2, base_bits=1)
 INT2_B = ResidualFormat("int2+b", bits=3, base_bits=2)
 INT3_B = ResidualFormat("int3+b", bits=4, base_bits=3)

@@ -3,20 +3,25 @@
 This is the outlier-driven mixed quantization of MPQ-DM (arXiv 2412.11549, section 3.2). In place of N bits, the rows of
 largest kurtosis get N + 1 and as many rows of smallest kurtosis get N - 1; the error of the layer's output decides how
 many. Kurtosis says little of that error, so rows are also ordered by what a bit gains in each; the better order counts.
-Levels are evenly spaced in all rows, and the levels of fewer bits are among those of more. So rows stay in their order,
-and a kernel looks all of them up in one table.
+
+Levels are evenly spaced in all rows. Or rows of more bits have a binary branch in place of a further bit of the base,
+and the orders of the residual are those of MPQ-DMv2 (arXiv 2507.04290): (N - 1, 0), (N, 0) and (N, 1). Base and branch
+are one table, whose levels hold those of the base alone. Either way the levels of fewer bits are among those of more:
+rows stay in their order, and a kernel looks all of them up in one table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.base import Format, QuantizedWeight, output_error, stored_type
+from mpq_compiler.formats.base import Format, QuantizedWeight, fit_by_parts, output_error, stored_scale, stored_type
+from mpq_compiler.formats.residual import ResidualFormat, alternating
 from mpq_compiler.formats.uniform import UniformFormat
 
 LOST = 2.0
@@ -58,7 +63,7 @@ class RowClassFormat(Format):
     def fit(self, weight: Tensor, gram: Tensor | None = None) -> QuantizedWeight:
         """Quantizes; where no trade of bits between rows gains, all rows have the codes of the uniform format."""
         rows = weight.flatten(1)
-        fits = [width.fit(rows, gram) for width in self.widths]
+        fits = self._fits(rows, gram)
         less, same, more = (output_error(fit.dequantize() - rows, gram).double() for fit in fits)
         best, most = torch.ones(len(rows), dtype=torch.uint8), 0.0
         for rank in (kurtosis(rows), less - more):
@@ -70,6 +75,10 @@ class RowClassFormat(Format):
                 best = torch.ones_like(best)
                 best[first[:count]], best[last[:count]] = 2, 0
         return self._of(fits, best)
+
+    def _fits(self, rows: Tensor, gram: Tensor | None) -> list[QuantizedWeight]:
+        """The fits of rows [O, K] in the three classes."""
+        return [width.fit(rows, gram) for width in self.widths]
 
     def _of(self, fits: Sequence[QuantizedWeight], row_class: Tensor) -> QuantizedWeight:
         """Assembles a weight from one fit for each width: a row's class [O] chooses the fit that it comes from."""
@@ -84,6 +93,61 @@ class RowClassFormat(Format):
         return QuantizedWeight(codes, scale, stored_type(offset), lut, row_class=row_class)
 
 
+@dataclass(frozen=True)
+class ResidualRowFormat(RowClassFormat):
+    """A base of bits - 1 without a branch, of ``bits`` without or with one by row, ``bits`` on average.
+
+    The ratio of the branch to a step of the base is the tensor's, as in `ResidualFormat`.
+    """
+
+    @property
+    def residual(self) -> ResidualFormat:
+        """The format of the rows with a branch."""
+        return ResidualFormat(f"int{self.bits}+b", self.bits + 1, base_bits=self.bits)
+
+    @property
+    def trials(self) -> int:
+        return len(self.widths) * self.residual.trials
+
+    def start(self, weight: Tensor) -> QuantizedWeight:
+        """Quantizes all rows to ``bits`` bits, beside a branch of a quarter of the step: a further bit."""
+        step = int(self.residual.tables(0)[0].diff()[0, 0])
+        sizes = zip(self.widths, (step, step, step // 2), strict=True)
+        fits = [_on_grid(width.start(weight), size) for width, size in sizes]
+        return self._of(fits, torch.ones(len(weight), dtype=torch.uint8))
+
+    def _fits(self, rows: Tensor, gram: Tensor | None) -> list[QuantizedWeight]:
+        """The fits of rows [O, K] in the three classes: those without a branch are no worse than uniform formats."""
+        more = self.residual.fit(rows, gram)
+        assert more.lut is not None and more.alpha is not None
+        step = int(more.lut.diff()[0, 0])
+
+        def even(part: Tensor, width: UniformFormat) -> QuantizedWeight:
+            found = _on_grid(width.fit(part, gram), step)
+            assert found.lut is not None and found.offset is not None
+            return alternating(part, gram, found.lut, (found.scale.float(), found.offset.float()[:, None]))
+
+        plain = [fit_by_parts(rows, partial(even, width=width)) for width in self.widths[:2]]
+        return [*plain, _above(more)]
+
+
+def _on_grid(fit: QuantizedWeight, step: int) -> QuantizedWeight:
+    """The same levels on a grid so many times as fine."""
+    assert fit.lut is not None
+    return replace(fit, scale=stored_scale(fit.scale.float() / step), lut=fit.lut * step)
+
+
+def _above(fit: QuantizedWeight) -> QuantizedWeight:
+    """Base and branch as one rising table that holds the base itself: the branch adds nothing or twice alpha."""
+    assert fit.alpha is not None and fit.offset is not None
+    merged = fit.merged()
+    assert merged.lut is not None
+    levels, order = contract.rising(merged.lut + fit.alpha)
+    offset = stored_type(fit.offset.float() - fit.scale.float()[:, 0] * fit.alpha)
+    codes = order.argsort(1)[0][merged.codes.long()].to(torch.uint8)
+    return QuantizedWeight(codes, merged.scale, offset, levels.to(torch.int8))
+
+
 def kurtosis(rows: Tensor) -> Tensor:
     """Pearson's kurtosis of each row of [O, K], f64 [O]: 3 for a Gaussian, 0 for a row of zeros."""
     centred = rows.double() - rows.double().mean(1, keepdim=True)
@@ -94,3 +158,5 @@ def kurtosis(rows: Tensor) -> Tensor:
 INT2M = RowClassFormat("int2m", bits=2)
 INT3M = RowClassFormat("int3m", bits=3)
 INT4M = RowClassFormat("int4m", bits=4)
+INT2M_B = ResidualRowFormat("int2m+b", bits=2)
+INT3M_B = ResidualRowFormat("int3m+b", bits=3)

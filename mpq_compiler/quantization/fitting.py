@@ -188,7 +188,8 @@ def _scaled(fit: Fit, rows: Tensor, factor: float) -> Fit:
     assert merged.lut is not None
     scale, offset = stored_scale(fit.scale.float() * factor), fit.offset
     if offset is not None:  # around the middle of the levels
-        middle = (merged.lut.float().amin(1) + merged.lut.float().amax(1)) / 2
+        levels = merged.lut.float()
+        middle = (levels.masked_fill(merged.lut == contract.NO_LEVEL, torch.inf).amin(1) + levels.amax(1)) / 2
         moved = (fit.scale.float() - scale.float())[:, 0] * middle[contract.row_classes(merged.row_class, len(rows))]
         offset = stored_type(offset.float() + moved)
     scaled = replace(fit, scale=scale, offset=offset)

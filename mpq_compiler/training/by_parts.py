@@ -62,7 +62,7 @@ def train_parts(
             times = group_times(program, data.inputs["timestep"]) if stage.range_network else None
             piece = streams.student(program, part, factors)
             own = _untrained(piece, done)
-            trained = variables(piece, stage.latent, stage.adapters, times, seed, stage.widest, own)
+            trained = variables(piece, stage.latent, stage.adapters, times, seed, stage.widest, own, stage.svd)
             if not trained:
                 continue
             earlier = key(piece, trained, stage, seed, earlier, given[1])

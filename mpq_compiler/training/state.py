@@ -48,6 +48,8 @@ class Stage:
     """A term of the loss on features, beside the loss on the output (`relation_loss`)."""
     adapters: int = 0
     """The rank of the adapters that move latent weights (`variables.Adapted`); 0 moves each weight by itself."""
+    svd: bool = False
+    """Whether adapters start along the error of the codes, rather than at zero."""
     range_network: bool = False
     """Whether networks produce the scales of activations (`variables.Timed`); else each moves by itself."""
     batch: int = BATCH

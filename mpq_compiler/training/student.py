@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, fx
 
 from mpq_compiler.formats import contract
+from mpq_compiler.formats.base import F16_TINY
 from mpq_compiler.formats.contract import WeightTables, rising
+from mpq_compiler.formats.low_rank import truncated
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import arguments, operand, part_of
 from mpq_compiler.ir.interpreter import Interpreter
@@ -201,6 +203,7 @@ def variables(
     seed: int = 0,
     widest: int | None = None,
     own: Container[str] | None = None,
+    svd: bool = False,
 ) -> dict[str, Variable]:
     """Collects the variables of a program, in graph order, by the names of their stored tensors.
 
@@ -213,6 +216,7 @@ def variables(
         seed: decides the initial adapters and networks.
         widest: the most numbers of a weight that moves by itself; wider ones have adapters of rank `RANK`.
         own: the names of those to collect, of weights by their codes; None collects all.
+        svd: whether adapters start along the error of the codes; else B is zero.
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Variable] = {}
@@ -240,7 +244,9 @@ def variables(
                 start = _within(program, weight, rows)
                 found[weight.codes] = Coded(Kind.LATENT, start, unit[:1, :1], torch.float32, format=coded)
             elif rank:
-                found[weight.codes] = _adapted(_dequantized(program, weight), unit, rank, generator)
+                start = _dequantized(program, weight)
+                error = rows - start if svd else None
+                found[weight.codes] = _adapted(start, unit, rank, generator, error)
             else:
                 found[weight.codes] = Variable(Kind.LATENT, _within(program, weight, rows), unit, torch.float32)
     for node in program.graph.nodes:
@@ -313,10 +319,24 @@ def _is_parameter(tensor: Tensor, name: str) -> bool:
     return tensor.is_floating_point() and not name.startswith(("constant.", "time_groups."))
 
 
-def _adapted(start: Tensor, unit: Tensor, rank: int, generator: torch.Generator) -> Adapted:
-    """A latent weight with adapters: B starts at zero, A Kaiming-uniform, whose size is in the unit."""
-    down = torch.empty(start.shape[1], rank).uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
-    return Adapted(Kind.LATENT, start, unit.mean(1, keepdim=True), torch.float32, down=down)
+def _adapted(
+    start: Tensor, unit: Tensor, rank: int, generator: torch.Generator, error: Tensor | None = None
+) -> Adapted:
+    """A latent weight with adapters: B starts at zero, A Kaiming-uniform, whose size is in the unit.
+
+    Or they start as the leading singular vectors of an error [O, K], A in the same size, and what they add is taken
+    from the weight (MPQ-DMv2's object-oriented initialization, arXiv 2507.04290): B is not zero, so A learns at once.
+    """
+    unit = unit.mean(1, keepdim=True)
+    if error is None:
+        down = torch.empty(start.shape[1], rank).uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
+        up = torch.zeros(len(start), rank)
+    else:
+        up, down = (factor.float() for factor in truncated(error / unit, None, rank))
+        size = down.square().mean(1).sqrt().clamp_min(F16_TINY)
+        up, down = up * size * math.sqrt(len(size)), (down / size[:, None]).T
+        start = start - unit * (up @ down.T) / math.sqrt(len(size))
+    return Adapted(Kind.LATENT, start, unit, torch.float32, up=up, down=down)
 
 
 def _timed(table: Variable, embedding: Tensor, generator: torch.Generator) -> Timed:

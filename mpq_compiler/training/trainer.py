@@ -120,7 +120,7 @@ def _best(
 ) -> tuple[Program, Outcome]:
     """Trains one stage by an objective, whose ``calls`` enter the key of the kept state (`state.key`)."""
     times = group_times(program, timesteps) if stage.range_network else None
-    trained = variables(program, stage.latent, stage.adapters, times, seed, stage.widest)
+    trained = variables(program, stage.latent, stage.adapters, times, seed, stage.widest, svd=stage.svd)
     kept = Kept(key(program, trained, stage, seed, *calls), session)
     worth = None if judge is None else lambda best: judge(applied(program, trained, best))
     state = descend(program, trained, stage, objective, kept, session, worth)

@@ -117,13 +117,16 @@ class Adapted(Variable):
     """A latent weight [O, K] that adapters of rank R move (QALoRA of EfficientDM, arXiv 2310.03270).
 
     The sum ``start + unit * B A / sqrt(R)`` is quantized. A convolution's A of k x k and B of 1 x 1 are one product of
-    rows. Theta [O + K, R] stacks B and the transpose of A's change, in units of `UP` and `DOWN`.
+    rows. Theta [O + K, R] stacks the changes of B and of the transpose of A, in units of `UP` and `DOWN`.
 
     Rates are scale-aware as in the paper, through the unit: B learns in steps of its row, and A has unit variance and
     learns in none. So theta moves twice the weight twice as far. (The paper's rates have the step in both factors, and
-    this property only while A hardly moves.) ``start`` is the dequantized weight, as published, because adapters cannot
-    choose which weights they move, and float weights near a border would change codes by chance.
+    this property only while A hardly moves.) The sum starts as the dequantized weight, as published, because adapters
+    cannot choose which weights they move, and float weights near a border would change codes by chance.
     """
+
+    up: Tensor
+    """The initial B, f32 [O, R]; ``start`` is less by its product with the initial A."""
 
     down: Tensor
     """The transpose of the initial A, f32 [K, R]."""
@@ -133,7 +136,7 @@ class Adapted(Variable):
 
     def moved(self, theta: Tensor) -> Tensor:
         up, down = theta.split([len(self.start), len(self.down)])
-        product: Tensor = (UP * up) @ (self.down + DOWN * down).T / math.sqrt(self.down.shape[1])
+        product: Tensor = (self.up + UP * up) @ (self.down + DOWN * down).T / math.sqrt(self.down.shape[1])
         return self.start + self.unit * product
 
 

@@ -99,8 +99,8 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
     luts = draw.integers(-127, 128, (p.classes, p.entries)).astype(np.int8)
     luts[:, 0], luts[:, -1] = -127, 127
     if p.widths:  # each table within the last
-        luts = draw.integers(-p.entries // 2, p.entries // 2, (len(p.widths), p.entries)).astype(np.int8)
-        luts[-1] = np.arange(p.entries) - p.entries // 2
+        last = np.sort(draw.permutation(np.arange(-127, 128))[: p.entries]).astype(np.int8)
+        luts = np.concatenate([draw.choice(last, (len(p.widths) - 1, p.entries)), last[None]])
     if p.integers:
         luts[...] = np.arange(-8, 8)
     data: dict[str, np.ndarray] = {

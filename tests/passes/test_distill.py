@@ -241,6 +241,7 @@ def test_options_without_an_effect_are_said(tmp_path):
     one = programs.RESIDUAL.replace("groups=3", "groups=1")
     given = [
         (programs.RESIDUAL, {"adapters": 4}, "adapters had no effect"),
+        (programs.RESIDUAL, {"adapters_start": "svd"}, "adapters_start had no effect"),
         (one, {"range_network": True}, "one time group"),
     ]
     for pipeline, more, said in given:

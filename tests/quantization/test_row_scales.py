@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import QuantizedWeight
 from mpq_compiler.passes.round_weights import RoundWeights
 from mpq_compiler.quantization import fitting
@@ -42,6 +43,25 @@ def test_no_row_is_worse_and_most_are_better(name, layer):
         assert (a is None) == (b is None) and (a is None or (a.shape, a.dtype) == (b.shape, b.dtype))
     ratio = searched.scale.float() / plain.scale.float()
     assert any(((ratio - factor).abs() < 2e-3).any() for factor in fitting.SCALES if factor != 1)
+
+
+@pytest.mark.parametrize("name", ["int2", "int2m", "int2m+b"])
+def test_the_middle_of_the_levels_of_a_row_stays(name, layer):
+    """That of the levels which its own table has."""
+    rows, gram = layer
+    rows[::3] = rows[::3] ** 3
+    fit = fit_rows(rows, name, gram)
+    scaled = fitting._scaled(fit, rows, 0.7)
+    assert fit.row_class is None or len(fit.row_class.unique()) == 3
+
+    def middles(one: QuantizedWeight) -> torch.Tensor:
+        far = torch.full_like(rows, 1e6)
+        extremes = (contract.quantize(far * sign, one.tables) for sign in (1, -1))
+        ends = [contract.dequantize(codes, one.tables)[:, 0] for codes in extremes]
+        return (ends[0] + ends[1]) / 2
+
+    torch.testing.assert_close(middles(scaled), middles(fit), rtol=0, atol=5e-3)
+    assert not torch.equal(scaled.offset, fit.offset)
 
 
 @pytest.mark.parametrize("name", LEFT)

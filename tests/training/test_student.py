@@ -103,16 +103,20 @@ def test_entropy_coded_weights_move_by_their_step_or_within_their_bytes():
 
 CLASSES = programs.RESIDUAL.replace("int2+b", "int3m")
 """Rows of several widths in one weight."""
+RESIDUAL_CLASSES = CLASSES.replace("int3m", "int3m+b")
 TIMES = torch.tensor([0.1, 0.5, 0.9])
+PLAIN = [*GPTQ.values(), CLASSES, programs.LOW_RANK, programs.SMALL_FLOATS]
 
 
-@pytest.mark.parametrize("pipeline", [*GPTQ.values(), CLASSES, programs.LOW_RANK, programs.SMALL_FLOATS])
+@pytest.mark.parametrize(
+    ("pipeline", "svd"), [*((p, False) for p in PLAIN), (GPTQ["branches"], True), (RESIDUAL_CLASSES, True)]
+)
 @pytest.mark.invariant("efficientdm-1", "efficientdm-2", "tdq-1")
-def test_adapters_and_networks_start_where_the_program_is(pipeline):
+def test_adapters_and_networks_start_where_the_program_is(pipeline, svd):
     """With every format; and wherever training takes them, what is stored is what a program may be."""
     program = programs.after("unet2d", "round-weights", pipeline)
     x = programs.inputs("unet2d", 3)
-    trained = student.variables(program, latent=True, adapters=3, times=TIMES, seed=1)
+    trained = student.variables(program, latent=True, adapters=3, times=TIMES, seed=1, svd=svd)
     kinds = {type(v): v.kind for v in trained.values() if type(v) is not Variable}
     assert kinds == {Adapted: Kind.LATENT, Timed: Kind.RANGE}
     assert not {Kind.LATENT, Kind.RANGE} & {v.kind for v in trained.values() if type(v) is Variable}
@@ -125,6 +129,30 @@ def test_adapters_and_networks_start_where_the_program_is(pipeline):
         torch.testing.assert_close(
             run(moved, x), Student(program, student.values(program, trained, thetas)).run(x), rtol=1e-3, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("svd", [False, True])
+@pytest.mark.invariant("olri-3")
+def test_both_adapters_learn_at_once_if_they_start_along_the_error(svd):
+    """What they add is the best of its rank for what codes err by, and of zero one learns while the other stands."""
+    program = programs.after("unet2d", "round-weights", programs.MIXED)
+    trained = student.variables(program, latent=True, adapters=3, svd=svd)
+    thetas = {name: theta.requires_grad_() for name, theta in zeros(trained).items()}
+    y = Student(program, student.values(program, trained, thetas)).run(programs.inputs("unet2d", 2))
+    adapted = {name: v for name, v in trained.items() if isinstance(v, Adapted)}
+    gradients = torch.autograd.grad(y.square().sum(), [thetas[name] for name in adapted])
+    for gradient, variable in zip(gradients, adapted.values(), strict=True):
+        up, down = gradient.split([len(variable.up), len(variable.down)])
+        assert (up != 0).any() and bool((down != 0).any()) == svd
+    originals = program.facts[LATENTS]
+    for weight in settled(program) if svd else ():
+        variable = adapted[weight.codes]
+        rows = program.tensors.read(originals[weight.node.name]).flatten(1)
+        start = variable(torch.zeros(variable.zeros().shape))
+        rest = ((rows - start) / variable.unit).double()
+        added = ((start - variable.start) / variable.unit).double()
+        tail = torch.linalg.svdvals(rest)[variable.down.shape[1] :].square().sum().sqrt()
+        torch.testing.assert_close((rest - added).norm(), tail, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.invariant("efficientdm-7")

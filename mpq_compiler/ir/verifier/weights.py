@@ -16,6 +16,7 @@ from mpq_compiler.ir.views import Levels
 
 RULES = Rules()
 LUT_SIZES = (4, 8, 16, 32)
+"""The entries of a table that codes are packed by."""
 
 
 @RULES.add("codes", QUANTIZED)
@@ -72,13 +73,14 @@ def _table_size(view: View) -> Findings:
         bits = base.index_bits
         # an open weight has the base's table; that of a low-rank format the merged one, once its branch is in the graph
         beside = levels.codes is None and (base is planned or ":range." in (levels.tables.lut or ""))
-        if isinstance(base, ResidualFormat) and (beside or levels.call.name in based):
-            bits = base.base_bits
+        apart = isinstance(base, ResidualFormat) and (beside or levels.call.name in based)
+        if isinstance(base, ResidualFormat) and apart:
+            bits = base.base_bits  # of one bit, too: its branch makes four levels of two before codes are packed
         size = None if levels.tables.lut is None else tuple(view.tensor(levels.tables.lut).shape)
         if size is None:
             if bits != 8:
                 yield levels.call.name, f"{planned.name} needs a table of {2**bits} entries and there is none"
-        elif len(size) != 2 or size[1] != 2**bits or size[1] not in LUT_SIZES:
+        elif len(size) != 2 or size[1] != 2**bits or not (apart or size[1] in LUT_SIZES):
             what = f"has the shape {list(size)}; {planned.name} has {2**bits} levels"
             yield levels.call.name, f"'{levels.tables.lut}' {what}"
 
@@ -114,10 +116,10 @@ def _offsets(view: View) -> Findings:
 
 
 def _nested(lut: Tensor) -> bool:
-    """Whether each table has a bit more than the one before, and the last the entries of all, evenly spaced by 1."""
+    """Whether each table has a bit more than the one before, and the last rises and holds the levels of all."""
     bits, inside = contract.class_bits(lut), lut[lut != contract.NO_LEVEL]
-    steps = bits == tuple(range(bits[0], bits[0] + len(bits))) and bool(lut[-1].diff().eq(1).all())
-    return steps and bool(inside.ge(lut[-1, 0]).all()) and bool(inside.le(lut[-1, -1]).all())
+    steps = bits == tuple(range(bits[0], bits[0] + len(bits))) and bool((lut[-1, 1:] >= lut[-1, :-1]).all())
+    return steps and bool(torch.isin(inside, lut[-1]).all())
 
 
 @RULES.add("row-classes", QUANTIZED)

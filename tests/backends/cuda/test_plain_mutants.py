@@ -474,7 +474,7 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
     "widths": (
         FORMATS[7],
         {
-            "values from the least of another table": ('[len(p.widths) - 1, 0], "int32")', '[0, 0], "int32")'),
+            "codes for places": ("kept = place[code]", "kept = code"),
         },
     ),
     "five bits": (

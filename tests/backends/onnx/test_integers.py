@@ -113,7 +113,7 @@ def test_linear_layers_of_every_width(form, groups, tmp_path):
     assert not {"BitShift", "BitwiseOr", "Unsqueeze"} & made.keys(), "weights are decoded at load"
 
 
-@pytest.mark.parametrize("name", ["int2m", "int3m", "int4m"])
+@pytest.mark.parametrize("name", ["int2m", "int3m", "int4m", "int2m+b", "int3m+b"])
 def test_rows_of_several_widths(name, tmp_path):
     w = torch.randn(37, 27, generator=seeded(0))
     w[::3] = w[::3] ** 3

@@ -53,6 +53,14 @@ class StoredRows:
         """The class of row i, int32, from 2 bits."""
         return T.cast(self.b["row_class"][i // 4], "int32") >> (i % 4 * 2) & 3
 
+    def places(self, place: Buffer, i: Expr, entries: int) -> None:
+        """Writes the place in the last table of each level of row i, where all rows are looked up in that one."""
+        tables, last, own = self.b["tables"], len(self.extra), T.bind(self.class_of(i))
+        with T.serial(0, entries) as code:
+            store(place, tirx.IntImm("int32", 0), code)
+            with T.serial(0, entries) as entry:
+                store(place, place[code] + T.cast(tables[last, entry] < tables[own, code], "int32"), code)
+
     @contextmanager
     def row(self, i: Any) -> Iterator[Callable[[Any], Expr]]:
         """The code of row i by column, int32."""

@@ -52,6 +52,7 @@ class _Prepare:
         work = p.outputs * p.reduction
         with shares(1, w.outputs, work) as (_, begin, end):
             self.codes = StoredRows(self.b, (p.outputs, p.reduction), p.bits, p.widths, begin)
+            self.place = scratch(p.entries, "int32") if p.widths and p.bits < 8 else None
             with T.serial(begin, end) as i:
                 self._vectors(i)
                 with T.If(i < p.outputs), T.Then(), self.codes.row(i) as codes:
@@ -89,6 +90,8 @@ class _Prepare:
 
     def _row(self, i: Any, codes: Callable[[Any], Expr]) -> None:
         """Places the codes of output row i and sums its weights."""
+        if self.place is not None:
+            self.codes.places(self.place, i, self.p.entries)
         for first, count in self.p.segment_runs:
             if count == 1:
                 self._segment(i, Segment(first), codes)
@@ -139,7 +142,7 @@ class _Prepare:
         p = self.p
         if p.bits == 8:
             return value
-        return value - T.cast(self.b["tables"][len(p.widths) - 1, 0], "int32") if p.widths else code
+        return code if self.place is None else self.place[code]
 
     def _place(self, i: Any, step: Any, lane: int, code: Any) -> None:
         """Writes the code of output channel i and value `lane` of a step of k to its place in the tiles.

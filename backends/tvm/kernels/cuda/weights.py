@@ -178,13 +178,16 @@ class _Prepare:
         values = workspace(p.outputs * p.reduction, "int8")
         with each(p.outputs, 32) as i:
             rows = StoredRows(self.b, (p.outputs, p.reduction), p.bits, p.widths, i)
+            place = local(p.entries, "int32") if p.widths and p.bits < 8 else None
+            if place is not None:
+                rows.places(place, i, p.entries)
             with rows.row(i) as codes, T.serial(0, p.reduction) as k:
                 code = T.bind(codes(k))
                 value = T.bind(self._value(rows, i, code))
                 store(values, T.cast(value, "int8"), i * p.reduction + k)
                 kept = value if p.bits == 8 else code
-                if p.widths and p.bits < 8:
-                    kept = value - T.cast(self.b["tables"][len(p.widths) - 1, 0], "int32")
+                if place is not None:
+                    kept = place[code]
                 store(self.kept, T.cast(kept, "uint8"), i * p.reduction + k)
         if w.looked_up:
             self._tables()
