@@ -2,7 +2,7 @@
 
     python -m benchmarks.ablation                      # the table of what is there
     python -m benchmarks.ablation --all                # computes what is missing, row by row; goes on where it was
-    python -m benchmarks.ablation --all --setting W4A4 --part GPTQ training --docs docs/recipes.md
+    python -m benchmarks.ablation --all --setting W4A4 --part GPTQ training --docs docs/recipes/default.md
     python -m benchmarks.ablation --all --recipe mpq-dmv2 --part relation
 
 Every row is the recipe with one part taken away or, behind a plus, with one that it leaves out. Its image SQNR less
@@ -177,8 +177,7 @@ def main() -> None:
     lines = compared(rows)
     terminal.table(f"parts of {options.recipe}", HEADERS, lines, numeric=(3, 4))
     if options.docs:
-        mark = "ablation" if options.recipe == "default" else f"ablation-{options.recipe}"
-        documents.insert(options.docs, mark, documents.table(HEADERS, lines))
+        documents.insert(options.docs, "ablation", documents.table(HEADERS, lines))
 
 
 if __name__ == "__main__":

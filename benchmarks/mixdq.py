@@ -7,7 +7,7 @@ bits of the row. The others are integer programs with the bytes and the average 
 one for all layers and one by content and quality layers. Images are drawn in 10 steps from three seeds that no
 candidate was judged by; the ratio is of the float model's latents to the error, over prompts. A second table has the
 objectives of the program at fewer true bits, 8-bit activations. --docs writes both between the marks of
-docs/recipes.md.
+docs/recipes/mixdq.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.orthogonality [--json FILE] [--docs FILE]
 
 All passes but the objective are those of the default recipe. Images are drawn in 10 steps from three seeds against the
-float model's. --docs writes the table between the marks of docs/recipes.md.
+float model's. --docs writes the table between the marks of docs/recipes/orthogonality.md.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What Qua2SeDiMo's scores say of UNets and of transformers: what a bit is worth, and which format, by operation.
 
-    python -m benchmarks.score_study [--models NAME ...] [--configurations N] [--docs docs/recipes.md]
+    python -m benchmarks.score_study [--models NAME ...] [--configurations N] [--docs docs/recipes/qua2sedimo.md]
 
 A graph neural network scores each layer in each format of the recipe, by how random configurations rank whose labels
 were measured (`predict-scores`). Scores of a model are in standard deviations of its own, so that operations and blocks

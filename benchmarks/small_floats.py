@@ -4,7 +4,7 @@
 
 Each model is calibrated once as by default. Judged are the teacher-forced SQNR of the simulated program on the 64
 held-out inputs that `mpqc compile` judges by, and images from the same noise, of three seeds (`benchmarks.plans`).
---docs writes the tables between the marks of docs/recipes.md.
+--docs writes the tables between the marks of docs/recipes/fpq.md.
 """
 
 from __future__ import annotations

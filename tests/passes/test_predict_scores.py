@@ -208,6 +208,6 @@ def test_the_recipe_is_the_papers_search_space():
     names = made["predict-scores"]["formats"]
     assert [formats.get(name).bits for name in names] == [4, 4, 4, 3, 3, 3]
     assert made["bit-allocation"]["objective"] == "scores"
-    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert "## `qua2sedimo`" in text and "arXiv 2412.14628" in text
+    text = (ROOT / "docs" / "recipes" / "qua2sedimo.md").read_text(encoding="utf-8")
+    assert "# `qua2sedimo`" in text and "arXiv 2412.14628" in text
     manager.check(recipes.load("qua2sedimo").passes())

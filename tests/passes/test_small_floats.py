@@ -180,5 +180,5 @@ def test_the_recipe_lists_what_the_method_is():
     made = {each.name(): each for each in recipes.load("fpq").passes()}
     assert made["sensitivity"].formats == ("fp4", "fp8")
     assert made["bit-allocation"].floating and made["round-weights"].method == "learned"
-    page = (ROOT / "docs" / "recipes.md").read_text()
-    assert "## `fpq`" in page and "arXiv 2408.06995" in page and "simulated" in page
+    page = (ROOT / "docs" / "recipes" / "fpq.md").read_text()
+    assert "# `fpq`" in page and "arXiv 2408.06995" in page and "simulated" in page
