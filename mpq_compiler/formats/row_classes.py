@@ -132,7 +132,7 @@ class ResidualRowFormat(RowClassFormat):
 
 
 def _on_grid(fit: QuantizedWeight, step: int) -> QuantizedWeight:
-    """The same levels on a grid so many times as fine."""
+    """A fit with its levels on a grid so many times as fine."""
     assert fit.lut is not None
     return replace(fit, scale=stored_scale(fit.scale.float() / step), lut=fit.lut * step)
 
