@@ -11,8 +11,10 @@ from mpq_compiler.formats.base import QuantizedWeight, output_error
 from mpq_compiler.formats.contract import nearest_codes
 from mpq_compiler.formats.residual import RATIOS, ResidualFormat, _least_squares
 from mpq_compiler.formats.uniform import UniformFormat
-from mpq_compiler.ir import ops
+from mpq_compiler.ir import costs, ops, stored_tensors, verifier, views
+from mpq_compiler.ir.exact_interpreter import run_exact
 from mpq_compiler.ir.interpreter import run
+from mpq_compiler.ir.program import TensorStore
 from tests.harness import programs
 
 RESIDUALS = [f for f in formats.FORMATS.values() if isinstance(f, ResidualFormat)]
@@ -153,3 +155,23 @@ def test_branches_bring_the_output_nearer_to_float():
     y = run(programs.after("pixart", "bit-allocation", programs.RESIDUAL), x)
     step = programs.step("pixart", "residual-branch", programs.RESIDUAL)
     assert (run(step.after, x) - y).square().sum() < 0.5 * (run(step.before, x) - y).square().sum()
+
+
+@pytest.mark.invariant("fz-rmq-5", "fz-rmq-6")
+def test_a_base_of_one_bit_has_two_levels_until_it_is_packed():
+    pipeline = programs.RESIDUAL.replace("int2+b", "int1+b")
+    planned, simulated, packed = (
+        programs.after("unet2d", name, pipeline) for name in ("bit-allocation", "round-weights", "fuse-epilogues")
+    )
+    x = programs.inputs("unet2d", 2)
+    assert torch.equal(run_exact(simulated, x), run(packed, x))
+    assert sum(each.array.nbytes for each in stored_tensors.stored(packed).values()) == costs.stored_bytes(planned)
+    sizes = [
+        {tuple(p.tensors[levels.tables.lut].shape) for levels in views.levels_of(views.flatten(p))}
+        for p in (simulated, packed)
+    ]
+    assert sizes == [{(1, 2)}, {(1, 4)}] and not verifier.check(packed)
+    one = views.levels_of(views.flatten(packed))[0]
+    codes, lut = packed.tensors[one.codes] >> 1, packed.tensors[one.tables.lut][:, :2]
+    spoiled = packed.fork(tensors=TensorStore({**packed.tensors, one.codes: codes, one.tables.lut: lut}))
+    assert {violation.rule for violation in verifier.check(spoiled)} == {"table-size"}
