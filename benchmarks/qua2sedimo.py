@@ -7,7 +7,8 @@ are the recipe: each layer takes the format of its largest score less a price of
 program on these scores. *Units* are attentions, feed-forward networks and residual blocks scored as wholes; *table* is
 the integer program on the noise that was measured one layer at a time.
 The SQNR is that of the output, teacher-forced on 64 held-out inputs; images are drawn in 10 steps from three seeds,
-their ratio is of the float model's latents to the error. --docs writes the table between the marks of docs/recipes/qua2sedimo.md.
+their ratio is of the float model's latents to the error. --docs docs/recipes/qua2sedimo.md writes the table between its
+marks.
 """
 
 from __future__ import annotations

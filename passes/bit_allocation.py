@@ -134,12 +134,12 @@ class BitAllocation(Pass):
 
     objective: Literal["noise", "paper-db", "scores", "scores-program", "orthogonality"] = "noise"
     """The sum over the layers that the plan is chosen by. ``noise``: noise power, made least. ``paper-db``: SQNR in
-    dB, made largest as in the paper; it is no sum of any noise, and worse by far (docs/recipes/mixdq.md). ``scores``: the
-    scores of `predict-scores`, where each unit takes the formats of the largest score less a price of its bytes, and
-    the price is the least that meets the budget (Qua2SeDiMo). ``scores-program``: the same scores, and the integer
-    program decides. With scores all activations have the same whole width, at most 8, or stay float from 16 on.
-    ``orthogonality``: the bits that layers lack, weighted by the importance that `orthogonality` gave them, without a
-    sensitivity (docs/recipes/orthogonality.md)."""
+    dB, made largest as in the paper; it is no sum of any noise, and worse by far (docs/recipes/mixdq.md).
+    ``scores``: the scores of `predict-scores`, where each unit takes the formats of the largest score less a price of
+    its bytes, and the price is the least that meets the budget (Qua2SeDiMo). ``scores-program``: the same scores, and
+    the integer program decides. With scores all activations have the same whole width, at most 8, or stay float from
+    16 on. ``orthogonality``: the bits that layers lack, weighted by the importance that `orthogonality` gave them,
+    without a sensitivity (docs/recipes/orthogonality.md)."""
     ratios: tuple[float, ...] = ()
     """Bits a weight of content layers over those of the other layers: each is tried, the best is taken. Empty: one
     budget."""
