@@ -58,13 +58,17 @@ def _formats(kept: Callable[[str], bool]) -> Change:
     )
 
 
+RATES: dict[str, Change] = {
+    "+ half the learning rate": _with("distill", rate=0.5),
+    "+ twice the learning rate": _with("distill", rate=2.0),
+}
 PARTS: dict[str, dict[str, Change]] = {
     "default": {
         "training": _without("distill"),
         "training of weights": _with("distill", latent=0.0),
         "training by images": _with("distill", unroll=0.0),
         "entropy-coded weights": _packed,
-        "GPTQ": _with("round-weights", method="nearest"),
+        "GPTQ": _with("round-weights", method="nearest", scales=False),
         "a second plan": _with("bit-allocation", rounds=0),
         "equalization": _without("equalize"),
         "rotation": _without("rotate"),
@@ -73,8 +77,21 @@ PARTS: dict[str, dict[str, Change]] = {
         "mixed activations": _with("bit-allocation", mixed=False),
         "+ 20 time groups": _with("time-groups", groups=20),
         "+ split shortcuts": _before("calibrate", "split-shortcut"),
-        "+ learned rounding": _with("round-weights", method="learned"),
+        "+ learned rounding": _with("round-weights", method="learned", scales=False),
         "+ adapters": _with("distill", adapters=32),
+        **RATES,
+    },
+    "mpq-dm": {
+        "training": _without("distill"),
+        "relation": _with("distill", relation=0.0),
+        "rows of several widths": _with("sensitivity", formats=["int2", "int3", "int4", "int8"]),
+        **RATES,
+    },
+    "dilatequant": {
+        "training": _without("distill"),
+        "dilation": _without("equalize"),
+        "training block by block": _with("distill", blocks=False),
+        **RATES,
     },
     "mpq-dmv2": {
         "training": _without("distill"),
@@ -83,6 +100,7 @@ PARTS: dict[str, dict[str, Change]] = {
         "residuals": _formats(lambda name: "+b" not in name),
         "+ adapters": _with("distill", adapters=32),
         "+ adapters from the SVD": _with("distill", adapters=32, adapters_start="svd"),
+        **RATES,
     },
 }
 """The parts of each recipe."""
