@@ -25,8 +25,14 @@ def test_a_budget_below_eight_bits_mixes_all_widths(budget, nearest):
 
 
 @pytest.mark.parametrize("recipe", ["dilatequant", "mpq-dm", "mpq-dmv2"])
-def test_methods_of_one_width_measure_that_alone(recipe):
-    assert widths(activations=4, recipe=recipe)["sensitivity"] == (4,)
+def test_methods_of_one_width_measure_that_and_the_ends(recipe):
+    assert widths(activations=4, recipe=recipe)["sensitivity"] == (4, 8)
+    assert widths(activations=8, recipe=recipe)["sensitivity"] == (8,)
+
+
+def test_one_width_without_ends_is_measured_alone():
+    text = "trace,layout,calibrate,time-groups,sensitivity,bit-allocation{mixed=false},numerics"
+    assert widths(activations=4, pipeline=text)["sensitivity"] == (4,)
 
 
 def test_small_floats_have_four_bits_at_least():
