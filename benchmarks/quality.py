@@ -94,9 +94,8 @@ def _sampled(painter: Painter, solver: str) -> Painter:
 
 def _by_samplers(cell: Cell, painter: Painter) -> dict[str, dict[str, Any]]:
     """Errors of a judge's images by each of the other samplers."""
-    found = {}
+    found, conditions = {}, painter.conditioning.varied(IMAGES)
     for name, (solver, steps) in SAMPLERS.items() if cell.model in JUDGED else ():
-        conditions = painter.conditioning.varied(IMAGES)
         images = _images(_sampled(painter, solver), conditions, IMAGES, steps)
         found[name] = _errors(_float_images(cell.model, solver, steps, IMAGES), images)
     return found

@@ -160,10 +160,10 @@ class Sensitivity(Pass):
         metric, groups = ContentLoss(session.denoiser.scheduler, session.denoiser.latent), mixdq_groups.groups(program)
 
         def content(task: Task) -> bool:
-            readers = [n for n in program.quantizable if task.node in (n, input_edge(n))]
-            if task.kind == WEIGHT:
-                readers = [task.node]
-            return bool(readers) and all(groups[str(weight_path(node))] == CONTENT for node in readers)
+            if task.kind == PROBABILITIES:
+                return False  # attentions are quality, whoever reads them
+            layers = [task.node] if task.kind == WEIGHT else _readers(program, task.node)
+            return all(groups[str(weight_path(node))] == CONTENT for node in layers)
 
         return [replace(t, content=metric, name=f"{t.name} {self.content}") if content(t) else t for t in tasks]
 
@@ -261,8 +261,7 @@ class Sensitivity(Pass):
             output = ablation.output(values={node: change(args, time)})
         else:
             changed = QuantizedEdge.of(program, fits, task.kind, node.name, choice)(ablation.value(node), time)
-            readers = [n for n in program.quantizable if input_edge(n) is node]
-            output = ablation.output(operands=dict.fromkeys(readers, changed))
+            output = ablation.output(operands=dict.fromkeys(_readers(program, node), changed))
         given = output, ablation.reference
         weights = input_weights(program, inputs)
         return noise_power(*given, weights) if task.content is None else task.content(*given, inputs, weights)
@@ -293,6 +292,11 @@ class _Measurement:
 
 def _measure(shared: _Measurement, item: int) -> float:
     return shared.step.measure(shared.program, shared.ablation, shared.inputs, shared.tasks[item], shared.fits)
+
+
+def _readers(program: Program, edge: fx.Node) -> list[fx.Node]:
+    """The layers that read an edge."""
+    return [n for n in program.quantizable if input_edge(n) is edge]
 
 
 def _key(name: str, part: int) -> str:

@@ -21,6 +21,7 @@ from mpq_compiler.analysis import noise_power as noise_powers
 from mpq_compiler.analysis.content_loss import ssim
 from mpq_compiler.analysis.noise_power import noise_power
 from mpq_compiler.analysis.perturbation import Ablation
+from mpq_compiler.analysis.single_changes import PROBABILITIES, STATIC, WEIGHT
 from mpq_compiler.ir import diff, ops, printer
 from mpq_compiler.ir.costs import stored_bytes, weight_path
 from mpq_compiler.ir.edges import input_edge
@@ -32,6 +33,7 @@ from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import activation_parameters, bias_of, corrected_bias, fitted
+from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
@@ -322,6 +324,14 @@ def test_content_layers_have_a_metric_of_their_own(tmp_path):
     assert stored_bytes(planned) <= 6.0 * program.facts[PARAMETERS] / 8
     with pytest.raises(UserError, match="add method=ablation"):
         Sensitivity(content="ssim")
+
+
+def test_attentions_are_quality_whoever_reads_them():
+    program, step = programs.after(MODEL, "time-groups"), dataclasses.replace(PASS, content="ssim")
+    tasks = step.tasks(program, Requests(attention=True))
+    found = step._with_content(program, tasks, Session(programs.denoiser(MODEL)))
+    kinds = {task.kind: {other.content is not None for other in found if other.kind == task.kind} for task in found}
+    assert kinds == {WEIGHT: {False, True}, STATIC: {False, True}, PROBABILITIES: {False}}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
