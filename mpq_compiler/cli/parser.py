@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
@@ -20,10 +21,13 @@ class Parser(argparse.ArgumentParser):
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Refuses unknown options first: what is missing may be what was misspelt."""
-        for option in self._options(args or ()):
+        args = sys.argv[1:] if args is None else args
+        for option in self._options(args):
             if not any(known.startswith(option) for known in self._option_string_actions):
                 names = [known[2:] for known in self._option_string_actions if known.startswith("--")]
                 hint = nearest(option.lstrip("-"), names).replace("'", "'--", 1)  # dashes make all of them alike
+                if self._subparsers is not None and not hint.startswith("did"):
+                    hint = "did you mean it for a command? Its options stand behind it"
                 self.error(f"there is no option '{option}'" + (f": {hint}" if hint.startswith("did") else ""))
         found, rest = super().parse_known_args(args, namespace)
         if rest:

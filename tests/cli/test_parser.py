@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from mpq_compiler.cli import completion, mpqc
         ("sensitivity x -o y --weights 3", "there is no option '--weights' (`mpqc sensitivity --help`)"),
         ("compile x -Z", "there is no option '-Z' (`mpqc compile --help`)"),
         ("--vresion", "there is no option '--vresion': did you mean '--version'? (`mpqc --help`)"),
+        ("-q compile x", "there is no option '-q': did you mean it for a command? Its options stand behind it (`mpqc --help`)"),
         ("comple x", "there is no command 'comple': did you mean 'compile'? (`mpqc --help`)"),
         ("compile x --effort bst", "--effort 'bst' is not known: did you mean 'best'? (`mpqc compile --help`)"),
         ("compile x --effort slow", "--effort 'slow' is not known: there is: balanced, best, fast, none"),
@@ -35,6 +37,15 @@ def test_a_wrong_command_line_is_one_sentence(capsys: pytest.CaptureFixture[str]
     assert raised.value.code == 2
     printed = capsys.readouterr()
     assert printed.err.startswith(f"mpqc: {sentence}") and printed.err.count("\n") == 1 and not printed.out
+
+
+def test_the_command_line_of_the_process_is_one_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["mpqc", "--quiet", "compile", "x"])
+    with pytest.raises(SystemExit):
+        mpqc.main()
+    assert capsys.readouterr().err.startswith("mpqc: there is no option '--quiet': did you mean it for a command?")
 
 
 def test_beginnings_of_options_and_values_with_a_minus_are_taken() -> None:
