@@ -139,6 +139,7 @@ SLOTS = {
     "class": ("tshirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"),
 }
 """What a prompt consists of; the classes are those of the labels."""
+CHECKPOINT = "checkpoint.pt"
 SHOWN = 20
 """Steps between two losses that are shown."""
 TOKENS, WIDTH = 8, 64
@@ -372,9 +373,13 @@ def train(
     settings: Settings, data: Data, folder: Path, save_every: int = 500, until: int | None = None, device: str = "cpu"
 ) -> Trainer:
     """Trains to `settings.steps` (or pauses at step `until`), resuming what `folder` holds, and exports."""
+    return run(Trainer(settings, data, device), folder, save_every, until)
+
+
+def run(trainer: Trainer, folder: Path, save_every: int = 500, until: int | None = None) -> Trainer:
+    """Runs a trainer as `train` does."""
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoint.pt"
-    trainer = Trainer(settings, data, device)
+    settings, checkpoint = trainer.settings, folder / CHECKPOINT
     if checkpoint.exists():
         trainer.resume(checkpoint)
     last = min(settings.steps, until or settings.steps)

@@ -22,7 +22,7 @@ from mpq_compiler.cli import completion, mpqc
         ("sensitivity x -o y --weights 3", "there is no option '--weights' (`mpqc sensitivity --help`)"),
         ("compile x -Z", "there is no option '-Z' (`mpqc compile --help`)"),
         ("--vresion", "there is no option '--vresion': did you mean '--version'? (`mpqc --help`)"),
-        ("-q compile x", "there is no option '-q': did you mean it for a command? Its options stand behind it (`mpqc --help`)"),
+        ("-q compile x", "there is no option '-q': did you mean it for a command? Its options stand"),
         ("comple x", "there is no command 'comple': did you mean 'compile'? (`mpqc --help`)"),
         ("compile x --effort bst", "--effort 'bst' is not known: did you mean 'best'? (`mpqc compile --help`)"),
         ("compile x --effort slow", "--effort 'slow' is not known: there is: balanced, best, fast, none"),
