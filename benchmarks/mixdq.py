@@ -1,13 +1,14 @@
 """Keys and values of a text at 4 to 6 bits: as they are, without the text's first token, and with decoupled budgets.
 
     python benchmarks/mixdq.py [--json FILE] [--docs FILE]
+    python benchmarks/mixdq.py --student FOLDER --steps 2 [--docs FILE]     # of benchmarks.train_student
 
 The first two plans have all layers at 8 bits but those that read the text: their weights have 4 bits, and the text the
 bits of the row. The others are integer programs with the bytes and the average bits of activations of the second plan,
 one for all layers and one by content and quality layers. Images are drawn in 10 steps from three seeds that no
 candidate was judged by; the ratio is of the float model's latents to the error, over prompts. A second table has the
 objectives of the program at fewer true bits, 8-bit activations. --docs writes both between the marks of
-docs/recipes/mixdq.md.
+docs/recipes/mixdq.md. A student draws in its few steps, and is calibrated on these.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from mpq_compiler.ir.program import ActivationPlan, Program
 from mpq_compiler.quantization.fitting import activation_parameters
 
 MODEL, TEXT = "fashion-text", "encoder_hidden_states"
-FRONT = "trace,layout,{}calibrate,time-groups"
+FRONT = "trace,layout,{}calibrate{},time-groups"
+ROWS = 256
+"""Inputs that a student is calibrated on."""
 SENSITIVITY = "sensitivity{formats=int2/int3/int4/int8,activations=4/5/6/8}"
 RATIOS = "ratios=0.46/0.66/0.86/1.06/1.26,activation_ratios=0.94/0.97/1.0/1.03/1.06/1.09"
 BACK = "insert-fake-quant,round-weights"
@@ -49,9 +52,11 @@ RESULTS = Path(__file__).parent / "results" / "mixdq.json"
 class Bench(plans.Judge):
     """`floats` is naive; `aware` has the text's first token apart."""
 
-    def __init__(self, images: int) -> None:
-        super().__init__(MODEL, frozenset({"range", "values", "gram"}), FRONT.format(""), images)
-        self.aware = self.passed(f"{FRONT.format('bos-split,')},{SENSITIVITY}")
+    def __init__(self, images: int, model: str = MODEL, steps: int | None = None) -> None:
+        calibrated = "" if steps is None else f"{{samples={ROWS // steps},steps={steps}}}"
+        front = FRONT.format("", calibrated)
+        super().__init__(model, frozenset({"range", "values", "gram"}), front, images, steps=steps)
+        self.aware = self.passed(f"{FRONT.format('bos-split,', calibrated)},{SENSITIVITY}")
 
     def by_hand(self, front: Program, bits: int) -> Program:
         """8 bits but in the layers that read the text: weights of 4, and the text in so many."""
@@ -90,29 +95,37 @@ class Bench(plans.Judge):
         return found
 
 
-def tables(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """The tables by their marks."""
+def tables(rows: Sequence[dict[str, Any]], steps: int | None = None) -> dict[str, str]:
+    """The tables by their marks; those of a student name its steps."""
     found = {}
+    of = "" if steps is None else f" {steps}"
     for mark, first, named in (("text", "bits of the text", PLANS), ("objectives", "budget, true bits", OBJECTIVES)):
         headers = (first, "plan", "true bits", "output, dB", "images, dB (least .. most)")
         lines = [[str(row["bits"]), row["plan"], *plans.columns(row)] for row in rows if row["plan"] in named]
-        found[mark] = documents.table(headers, lines)
+        found[mark + of] = documents.table(headers, lines)
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, help="default: results/mixdq.json, of a student mixdq-STEPS.json")
     parser.add_argument("--docs", type=Path, help="write the tables into this file")
     parser.add_argument("--images", type=int, default=64, help="from each seed (64)")
+    parser.add_argument("--student", help="the folder of a model that draws in a few steps")
+    parser.add_argument("--steps", type=int, help="in which the student draws")
     options = parser.parse_args()
+    if (options.student is None) != (options.steps is None):
+        parser.error("a student draws in a number of steps: give --student and --steps together")
+    model, steps = options.student or MODEL, options.steps
+    path = options.json or (RESULTS if steps is None else RESULTS.with_stem(f"{RESULTS.stem}-{steps}"))
     cells = [(name, bits) for bits in BITS for name in PLANS]
     cells += [(name, bits) for bits in TRUE_BITS for name in OBJECTIVES]
     with interpreter.single_threaded():
-        bench = Bench(options.images)
-        rows = plans.written((bench.row(*cell) for cell in cells), options.json, model=MODEL, images=options.images)
+        bench = Bench(options.images, model, steps)
+        about = {"model": Path(model).name if steps is None else f"{MODEL} in {steps} steps", "images": options.images}
+        rows = plans.written((bench.row(*cell) for cell in cells), path, **about)
     if options.docs:
-        for mark, table in tables(rows).items():
+        for mark, table in tables(rows, steps).items():
             documents.insert(options.docs, f"mixdq {mark}", table)
 
 

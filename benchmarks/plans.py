@@ -33,12 +33,21 @@ class Judge:
     """Runs passes on a model, and judges what comes out against its float program.
 
     front: the passes of the float program, which others start from; it is `floats`
+    steps: in which the model draws; None: as many as are usual
     """
 
-    def __init__(self, model: str, wanted: frozenset[Statistic], front: str, images: int, progress: Any = None) -> None:
+    def __init__(
+        self,
+        model: str,
+        wanted: frozenset[Statistic],
+        front: str,
+        images: int,
+        progress: Any = None,
+        steps: int | None = None,
+    ) -> None:
         self.model = denoiser.load(model)
-        self.session = Session(self.model, progress=progress, requests=Requests(wanted))
-        self.held_out = judge.held_out(self.model, options.Options())
+        self.session = Session(self.model, progress=progress, requests=Requests(wanted), steps=steps)
+        self.held_out = judge.held_out(self.model, options.Options(steps=steps))
         self.present: set[str] = set()
         self.floats = self.passed(front)
         self.reference = run(self.floats, self.held_out)

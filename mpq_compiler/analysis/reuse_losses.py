@@ -20,14 +20,14 @@ from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.sampling.reuse import (
-    KEPT,
     SLOTS,
-    WEIGHTS,
     Functions,
+    Inputs,
     KeptSteps,
     Schedule,
     conditions_key,
     extrapolated,
+    of_compiled,
     of_outputs,
     sources_of,
 )
@@ -158,18 +158,17 @@ class MarkedDrawing:
             program: marked (`ir.reuse.mark`), or one whose output is kept.
             keeps: the steps whose values are recorded; a schedule that begins to reuse later needs them.
         """
-        self._drawing, self._program = drawing, program
+        self._drawing = drawing
         self._functions = _functions(drawing, program)
         self._numbers = {time: step for step, time in enumerate(drawing.timesteps)}
-        self._recorded: dict[tuple[int, bytes], np.ndarray] = {}
+        self._recorded: dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray | None]] = {}
 
         def recorded(**inputs: np.ndarray) -> np.ndarray:
-            found = self._functions.keeping(inputs)
-            self._recorded[self._call(inputs)] = found if self._step(inputs) in keeps else found[:, : self._size]
-            return found[:, : self._size].reshape(-1, *self._shape)
+            found: np.ndarray
+            found, value = self._functions.keeping(inputs)
+            self._recorded[self._call(inputs)] = found, value if self._step(inputs) in keeps else None
+            return found
 
-        self._shape = tuple(shapes(program, 1)[operand(program.graph.output_node(), 0).name].shape[1:])
-        self._size = math.prod(self._shape)
         self.whole = drawing.draw(recorded)
         """The latents without reuse."""
 
@@ -192,39 +191,36 @@ class MarkedDrawing:
         """
         weights: dict[int, list[float]] = {}
 
-        def reusing(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        def reusing(inputs: Inputs, values: Sequence[np.ndarray], line: Sequence[float]) -> np.ndarray:
             step = self._step(inputs)
             if step not in weights:
-                computed = self._functions.keeping(inputs)[:, self._size :]
-                start = [weight for _, weight in schedule.sources[step]]
-                weights[step] = fit_weights(inputs[KEPT], computed, start)
-            chosen = np.zeros(SLOTS, np.float32)
-            chosen[: len(weights[step])] = weights[step]
-            given = {**inputs, WEIGHTS: np.tile(chosen, (len(inputs[KEPT]), 1))}
-            return self._functions.reusing(given)
+                _, computed = self._functions.keeping(inputs)
+                weights[step] = fit_weights(values, computed, line[: len(schedule.sources[step])])
+            chosen = [*weights[step], *[0.0] * (SLOTS - len(weights[step]))]
+            found: np.ndarray = self._functions.reusing(inputs, values, chosen)
+            return found
 
         drawn = self._drawn(schedule, reusing)
         return schedule.weighted(weights), drawn
 
-    def _drawn(self, schedule: Schedule, reusing: Callable[[Mapping[str, np.ndarray]], np.ndarray]) -> np.ndarray:
+    def _drawn(
+        self, schedule: Schedule, reusing: Callable[[Inputs, Sequence[np.ndarray], Sequence[float]], np.ndarray]
+    ) -> np.ndarray:
         first = next(step for step, sources in enumerate(schedule.sources) if sources)
 
-        def known(inputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
-            return self._recorded[self._call(inputs)] if self._step(inputs) < first else None
+        def known(inputs: Inputs) -> tuple[np.ndarray | None, np.ndarray | None]:
+            return self._recorded[self._call(inputs)] if self._step(inputs) < first else (None, None)
 
-        def whole(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-            if (found := known(inputs)) is not None:
-                return found[:, : self._size].reshape(-1, *self._shape)
-            return self._functions.whole(inputs)
+        def whole(inputs: Inputs) -> np.ndarray:
+            found, _ = known(inputs)
+            return np.asarray(self._functions.whole(inputs)) if found is None else found
 
-        def keeping(inputs: Mapping[str, np.ndarray]) -> np.ndarray:
-            found = known(inputs)
-            whole = found is not None and found.shape[1] > self._size  # with the value that is kept
-            return found if found is not None and whole else self._functions.keeping(inputs)
+        def keeping(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
+            found, value = known(inputs)
+            return self._functions.keeping(inputs) if found is None or value is None else (found, value)
 
-        kept = self._shape if reuse.marked(self._program) is None else reuse.kept_shape(self._program)
         functions = Functions(whole, keeping, reusing)
-        return self._drawing.draw(KeptSteps(schedule, functions, self._shape, kept, self._drawing.denoiser.latent))
+        return self._drawing.draw(KeptSteps(schedule, functions, self._drawing.denoiser.latent))
 
 
 def _functions(drawing: Drawing, program: Program) -> Functions:
@@ -232,23 +228,25 @@ def _functions(drawing: Drawing, program: Program) -> Functions:
     if reuse.marked(program) is None:
         return of_outputs(partial(drawing.run, program))
     programs = program, reuse.keeping(program), reuse.reusing(program)
-    return Functions(*(partial(drawing.run, each) for each in programs))
+    whole, keeping, reusing = (partial(drawing.run, each) for each in programs)
+    output = tuple(shapes(program, 1)[operand(program.graph.output_node(), 0).name].shape[1:])
+    return of_compiled(whole, keeping, reusing, output, reuse.kept_shape(program))
 
 
-def fit_weights(kept: np.ndarray, computed: np.ndarray, start: Sequence[float]) -> list[float]:
+def fit_weights(kept: Sequence[np.ndarray], computed: np.ndarray, start: Sequence[float]) -> list[float]:
     """The weights of kept values with the least squared error of their sum, drawn a little to where they start.
 
     Args:
-        kept: the values [B, S, ...], S at least the number of weights.
-        computed: what they stand for [B, n].
+        kept: the values, each [B, ...], at least as many as there are weights.
+        computed: what they stand for [B, ...].
         start: the weights of a line through the last values.
     """
     count = len(start)
     gram, right = np.zeros((count, count)), np.zeros(count)
-    for values, expected in zip(kept, computed, strict=True):
-        each = values[:count].reshape(count, -1).astype(np.float64)
+    for sample, expected in enumerate(computed):
+        each = np.stack([value[sample].reshape(-1) for value in kept[:count]]).astype(np.float64)
         gram += each @ each.T
-        right += each @ (expected - np.asarray(start) @ each)
+        right += each @ (expected.reshape(-1) - np.asarray(start) @ each)
     gram += RIDGE * max(np.trace(gram) / count, np.finfo(np.float64).tiny) * np.eye(count)
     found = np.asarray(start) + np.linalg.solve(gram, right)
     return [float(np.float32(rounded(weight))) for weight in found]

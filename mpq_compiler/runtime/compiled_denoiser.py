@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,7 +26,7 @@ from mpq_compiler.runtime import covered, forks, instances, lora, on_gpu, pretra
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
 from mpq_compiler.runtime.memo import REUSE_BYTES
-from mpq_compiler.runtime.on_gpu import There
+from mpq_compiler.runtime.on_gpu import OnGpu, Stacked, There
 from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
 from mpq_compiler.sampling.call_tree import (
     CONSTANTS,
@@ -38,7 +40,7 @@ from mpq_compiler.sampling.call_tree import (
     require_constants,
 )
 from mpq_compiler.sampling.convention import Convention
-from mpq_compiler.sampling.reuse import OUTPUT, Functions, KeptSteps, Schedule, of_outputs
+from mpq_compiler.sampling.reuse import KEPT, OUTPUT, WEIGHTS, Functions, KeptSteps, Schedule, of_compiled, of_outputs
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import Notice, UserError, nearest
 from mpq_compiler.support.execution import require_threads
@@ -109,11 +111,41 @@ class Kind:
     text: str
     form: CallForm | None
     functions: list[Function]
+    _fitting: dict[tuple[tuple[int, ...], ...], tuple[int, list[Function]]] = field(default_factory=dict, compare=False)
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, InputValue]:
         """The inputs of its functions by name."""
         return {value["name"]: value for value in self.functions[0]["inputs"]}
+
+    def fitting(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, list[Function]]:
+        """The batch size, and the functions compiled for the inputs' other dimensions.
+
+        NoSuchCall: there are none. UserError: inputs without a sample, or of different batches.
+        """
+        shapes = tuple(array.shape for array in arrays.values())
+        if (known := self._fitting.get(shapes)) is None:
+            known = self._fitting[shapes] = self._fitted(arrays)
+        return known
+
+    def _fitted(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, list[Function]]:
+        first = next(iter(arrays))
+        batch = len(arrays[first])
+        for name, array in arrays.items():
+            if array.size == 0:
+                raise UserError(
+                    f"input '{name}' is empty, of shape {list(array.shape)}; a batch needs a sample"
+                )
+            if len(array) != batch:
+                raise UserError(f"input '{name}' has a batch of {len(array)}, and '{first}' one of {batch}")
+        found = self.functions
+        for name, array in arrays.items():
+            shapes = {f["name"]: _shape(f, name) for f in found}
+            found = [f for f in found if shapes[f["name"]][1:] == array.shape[1:]]
+            if not found:
+                known = " or ".join(sorted({_shape_text(shape) for shape in shapes.values()}))
+                raise NoSuchCall(f"input '{name}' has shape {list(array.shape)}; this artifact takes {known}")
+        return batch, found
 
 
 def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
@@ -123,11 +155,6 @@ def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
     calls = manifest["model"].get("calls", ())
     found = [Kind(c["text"], CallForm.from_json(c["form"]), [functions[n] for n in c["functions"]]) for c in calls]
     return found or [Kind("", None, [*functions.values()])]
-
-
-def _of_functions(functions: Sequence[Function], names: Collection[str]) -> Kind:
-    """The calls of the functions with these names."""
-    return Kind("", None, [function for function in functions if function["name"] in names])
 
 
 class Fitted(NamedTuple):
@@ -243,7 +270,7 @@ class CompiledDenoiser:
         self._devices = ("cpu", "cuda") if nvidia.is_for(self.manifest) else ("cpu",)
         """The types of torch devices that inputs may be on."""
         self._drawing = threading.local()
-        """Has the ``steps`` of the sampler that draws in a block of `reusing`."""
+        """Has the ``steps`` of the sampler that draws in a block of `reusing`, by where its tensors are."""
         self._lock = threading.Lock()
         self._unforked = forks.lock()
         """Held during calls beside `_lock`: a thread may fork within its own call, and may begin no other there."""
@@ -438,10 +465,9 @@ class CompiledDenoiser:
         """The output for the inputs of a call, as `_placed` has them: where and in the type that they ask for."""
         given = next((value for value in inputs.values() if _is_torch(value)), None)
         if tensors:
-            assert isinstance(self.executor, CudaMachine)
-            result = self._run_there(tensors, fitted, self.executor, given is not None)
+            result = self._predicted_there(tensors, fitted, given is not None)
             return result.to(given.dtype) if given is not None and _is_half(given) else result
-        steps = getattr(self._drawing, "steps", None)
+        steps = self._steps_of_block("here", self.steps)
         found: Value = self._run(fitted) if steps is None else steps(**fitted.arrays)
         if given is None:
             return found
@@ -449,19 +475,52 @@ class CompiledDenoiser:
         assert torch
         return torch.from_numpy(found).to(given.device, given.dtype if _is_half(given) else None)
 
-    def _run_there(
-        self, tensors: Mapping[str, There], fitted: Fitted, machine: CudaMachine, as_torch: bool
-    ) -> Value:
-        """The output, float32, for tensors on the GPU: there, on the caller's stream, and nothing waits for it.
+    def _predicted_there(self, tensors: Mapping[str, There], fitted: Fitted, as_torch: bool) -> Value:
+        """The output for tensors on the GPU; within a block of `reusing` as a step of its sampler."""
+        machine = self.executor
+        assert isinstance(machine, CudaMachine)
+        _, capturing = on_gpu.stream_of(machine.device)
+        make = partial(self._steps_there, machine, as_torch)
+        steps = None if capturing else self._steps_of_block("as torch" if as_torch else "there", make)
+        if steps is None:
+            (found,) = self._run_there(tensors, fitted, machine, as_torch, [self._output_shape])
+            return found
+        inputs = {**fitted.arrays, **tensors}
+        if "timestep" in tensors:
+            inputs["timestep"] = machine.values(tensors["timestep"])
+        return steps(**inputs)
 
-        A tensor of torch's or of the runtime. Nothing looks whether values are finite: a look would wait.
+    def _run_there(
+        self,
+        tensors: Mapping[str, OnGpu],
+        fitted: Fitted,
+        machine: CudaMachine,
+        as_torch: bool,
+        shapes: Sequence[tuple[int, ...]],
+    ) -> list[Value]:
+        """The output for tensors on the GPU: there, on the caller's stream, and nothing waits for it.
+
+        Nothing looks whether values are finite: a look would wait.
+
+        Args:
+            tensors: the inputs that are on the GPU.
+            fitted: all inputs; of these what is not on the GPU is read.
+            machine: on that GPU.
+            as_torch: whether tensors are made of torch's, or of the runtime's.
+            shapes: of what a sample of the output has, one part behind the other; each is a tensor of its own, float32.
         """
         stream, capturing = on_gpu.stream_of(machine.device)
         if not capturing:
             self._require_values(tensors, machine)
-        shape = (fitted.batch, *(int(extent or 0) for extent in fitted.functions[0]["output"]["shape"][1:]))
         torch = _torch() if as_torch else None
-        out = torch.empty(shape, device=f"cuda:{machine.device}") if torch else machine.empty(shape, "float32")
+        device = f"cuda:{machine.device}"
+        made = [
+            torch.empty((fitted.batch, *shape), device=device)
+            if torch
+            else machine.empty((fitted.batch, *shape), "float32")
+            for shape in shapes
+        ]
+        parts = [(out.data_ptr(), 4 * math.prod(shape)) for out, shape in zip(made, shapes, strict=True)]
         forks.give_way()
         with self._unforked, self._lock:
             for function, begin, end in _schedule(fitted.batch, fitted.functions):
@@ -474,8 +533,8 @@ class CompiledDenoiser:
                     for value in function["inputs"]
                 ]
                 result = machine.call(function["name"], pieces, stream, capturing)
-                machine.end(result, out.data_ptr(), begin, end - begin, stream, capturing)
-        return out
+                machine.end(result, parts, begin, end - begin, stream, capturing)
+        return made
 
     def _placed(self, inputs: Mapping[str, Value], kind: Kind) -> tuple[dict[str, There], Fitted]:
         """Inputs that stay on the GPU; and all inputs checked, zeros of their shapes and types in place of these."""
@@ -489,14 +548,14 @@ class CompiledDenoiser:
         floats = {name: value.float() if _is_half(value) else value for name, value in arrays.items()}
         return tensors, self._fitted(floats, kind)
 
-    def _require_values(self, tensors: Mapping[str, There], machine: CudaMachine) -> None:
+    def _require_values(self, tensors: Mapping[str, OnGpu], machine: CudaMachine) -> None:
         """Raises a UserError for labels beyond a table and tokens unlike the folded ones: this waits for the GPU."""
         for name, below in self.manifest["model"].get("below", {}).items():
-            if name in tensors:
-                _require_range(name, machine.values(tensors[name]), below)
+            if isinstance(tensor := tensors.get(name), There):
+                _require_range(name, machine.values(tensor), below)
         for assumed in self.manifest.get("assumptions", ()):
-            if assumed["input"] in tensors:
-                _require_token(assumed, machine.values(tensors[assumed["input"]]))
+            if isinstance(tensor := tensors.get(assumed["input"]), There):
+                _require_token(assumed, machine.values(tensor))
 
     def _called(self, arguments: Arguments, return_dict: bool) -> Value:
         """A call in the form of the recorded ones; the result has the structure of the model's own."""
@@ -573,35 +632,89 @@ class CompiledDenoiser:
         reuse = self.manifest.get("reuse")
         if reuse is None:
             return lambda **inputs: self.run(inputs)
-        schedule, every = Schedule.from_json(reuse), self.manifest["functions"]
-        shape = tuple(int(extent or 0) for extent in self._kinds[0].functions[0]["output"]["shape"][1:])
+        schedule = Schedule.from_json(reuse)
         if schedule.node == OUTPUT:
-            return KeptSteps(schedule, of_outputs(self.run), shape, shape, self.input_names[0])
-        keeping, reusing = (_of_functions(every, names) for names in (reuse["keeping"], reuse["reusing"]))
-        functions = Functions(
-            whole=self.run,
-            keeping=lambda inputs: self._run(self._fitted(inputs, keeping)),
-            reusing=lambda inputs: self._run(self._fitted(inputs, reusing)),
+            return KeptSteps(schedule, of_outputs(self.run), self.input_names[0])
+        keeping, reusing = (partial(self._run_of, kind) for kind in self._kinds_of_reuse(reuse))
+        functions = of_compiled(self.run, keeping, reusing, self._output_shape, tuple(reuse["shape"]))
+        return KeptSteps(schedule, functions, self.input_names[0])
+
+    def _steps_there(self, machine: CudaMachine, as_torch: bool) -> KeptSteps | None:
+        """The denoiser as the steps of one sampler call it on tensors on the GPU; None: all of it is computed.
+
+        So it is where steps sum outputs and nothing does so there: that is torch's work.
+        """
+        reuse = self.manifest.get("reuse")
+        if reuse is None or (reuse["node"] == OUTPUT and not as_torch):
+            return None
+        schedule, output, latent = Schedule.from_json(reuse), self._output_shape, self.input_names[0]
+
+        def called(kind: Kind, inputs: Mapping[str, Value], *shapes: tuple[int, ...]) -> list[Value]:
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, OnGpu)}
+            arrays = {**inputs, **{name: on_gpu.standing_in(tensor) for name, tensor in tensors.items()}}
+            return self._run_there(tensors, self._fitted(arrays, kind), machine, as_torch, shapes)
+
+        def whole(inputs: Mapping[str, Value]) -> Value:
+            return called(self._kinds[0], inputs, output)[0]
+
+        if schedule.node == OUTPUT:
+            return KeptSteps(schedule, of_outputs(whole, "clone"), latent, on_gpu.conditions_key)
+        kept, (keeping, reusing) = tuple(reuse["shape"]), self._kinds_of_reuse(reuse)
+
+        def keep(inputs: Mapping[str, Value]) -> tuple[Value, Value]:
+            found, value = called(keeping, inputs, output, kept)
+            return found, on_gpu.taken(KEPT, value, reusing.inputs[KEPT], machine.from_dlpack)
+
+        def reused(inputs: Mapping[str, Value], values: Sequence[There], weights: Sequence[float]) -> Value:
+            rows = np.tile(np.array(weights, np.float32), (values[0].shape[0], 1))
+            return called(reusing, {**inputs, KEPT: Stacked(values), WEIGHTS: rows}, output)[0]
+
+        return KeptSteps(schedule, Functions(whole, keep, reused), latent, on_gpu.conditions_key)
+
+    def _kinds_of_reuse(self, reuse: Mapping[str, Any]) -> tuple[Kind, Kind]:
+        """The calls of steps that keep a value, and of those that reuse some."""
+        keeping, reusing = (
+            Kind("", None, [each for each in self.manifest["functions"] if each["name"] in reuse[how]])
+            for how in ("keeping", "reusing")
         )
-        return KeptSteps(schedule, functions, shape, tuple(reuse["shape"]), self.input_names[0])
+        return keeping, reusing
 
     @contextmanager
     def reusing(self) -> Iterator[None]:
         """Calls within the block, of this thread, are the steps of one sampler: ``with denoiser.reusing(): pipe(...)``.
 
         A pipeline of diffusers calls its model without saying where a drawing begins; beyond such a block all of it is
-        computed in every call. Tensors on a GPU are computed whole.
+        computed in every call. On a GPU a call waits for the timestep where that is there too, and calls are told apart
+        by which tensors their conditions are; what a CUDA graph captures is computed whole.
         """
-        before, self._drawing.steps = getattr(self._drawing, "steps", None), self.steps()
+        before, self._drawing.steps = getattr(self._drawing, "steps", None), {}
         try:
             yield
         finally:
             self._drawing.steps = before
 
+    def _steps_of_block(self, where: str, make: Callable[[], Any]) -> Any:
+        """The steps of the sampler that draws in a block of `reusing`, made at its first call; None beyond a block."""
+        steps = getattr(self._drawing, "steps", None)
+        if steps is None:
+            return None
+        if where not in steps:
+            steps[where] = make()
+        return steps[where]
+
+    @property
+    def _output_shape(self) -> tuple[int, ...]:
+        """The shape of the output of a sample."""
+        return tuple(int(extent or 0) for extent in self._kinds[0].functions[0]["output"]["shape"][1:])
+
+    def _run_of(self, kind: Kind, inputs: Mapping[str, Any]) -> np.ndarray:
+        """The output of the functions of a kind."""
+        return self._run(self._fitted(inputs, kind))
+
     def _fitted(self, inputs: Mapping[str, Any], kind: Kind) -> Fitted:
         """The inputs as arrays, and the functions that take them. NoSuchCall: they are none of the kind's."""
         arrays = self._checked(inputs, kind)
-        return Fitted(arrays, *self._specializations(arrays, kind))
+        return Fitted(arrays, *kind.fitting(arrays))
 
     def _run(self, fitted: Fitted, out: np.ndarray | None = None) -> np.ndarray:
         arrays, batch, fitting = fitted
@@ -683,26 +796,6 @@ class CompiledDenoiser:
                 shape = _shape_text(value["shape"])
                 raise NoSuchCall(f"input '{name}' has shape {list(array.shape)}; this artifact takes {shape}")
         return arrays
-
-    def _specializations(self, arrays: Mapping[str, np.ndarray], kind: Kind) -> tuple[int, list[Function]]:
-        """The batch size, and the functions compiled for the inputs' other dimensions."""
-        first = next(iter(arrays))
-        batch = len(arrays[first])
-        for name, array in arrays.items():
-            if array.size == 0:
-                raise UserError(
-                    f"input '{name}' is empty, of shape {list(array.shape)}; a batch needs a sample"
-                )
-            if len(array) != batch:
-                raise UserError(f"input '{name}' has a batch of {len(array)}, and '{first}' one of {batch}")
-        fitting = kind.functions
-        for name, array in arrays.items():
-            shapes = {f["name"]: _shape(f, name) for f in fitting}
-            fitting = [f for f in fitting if shapes[f["name"]][1:] == array.shape[1:]]
-            if not fitting:
-                known = " or ".join(sorted({_shape_text(shape) for shape in shapes.values()}))
-                raise NoSuchCall(f"input '{name}' has shape {list(array.shape)}; this artifact takes {known}")
-        return batch, fitting
 
     def _require_finite(self, result: np.ndarray) -> None:
         if _is_finite(result):

@@ -110,10 +110,6 @@ Tensor = Any
 """One of the runtime's, on the GPU."""
 
 
-def _bytes(tensor: Tensor) -> int:
-    return int(np.prod(tuple(tensor.shape), dtype=np.int64)) * np.dtype(str(tensor.dtype)).itemsize
-
-
 @functools.cache
 def _runtime() -> ctypes.CDLL:
     """CUDA's runtime library, which `load` has loaded for all."""
@@ -263,12 +259,36 @@ class CudaMachine(tvm.VirtualMachine):
         finally:
             self._do("cudaThreadExchangeStreamCaptureMode", ctypes.byref(mode))
 
-    def end(self, output: Tensor, target: int, begin: int, count: int, stream: int, capturing: bool) -> None:
-        """Ends a call on its stream: samples of its output go to where sample `begin` of a larger one lies."""
-        size = _bytes(output) // int(output.shape[0])
+    def end(
+        self,
+        output: Tensor,
+        parts: Sequence[tuple[int, int]],
+        begin: int,
+        count: int,
+        stream: int,
+        capturing: bool,
+    ) -> None:
+        """Ends a call on its stream: samples of its output go to where sample `begin` of a larger one lies.
+
+        Args:
+            output: of `call`.
+            parts: what a sample has, one behind the other: where those of all samples go to, and the bytes of one.
+            begin: the first sample.
+            count: of samples.
+            stream: as of `call`.
+            capturing: as of `call`.
+        """
+        size, source = sum(size for _, size in parts), output.data_ptr()
         with self._calling():
             handle = ctypes.c_void_p(stream)
-            self._copy(target + begin * size, output.data_ptr(), count * size, _ON_DEVICE, handle)
+            if len(parts) == 1:
+                self._copy(parts[0][0] + begin * size, source, count * size, _ON_DEVICE, handle)
+            else:
+                for sample in range(count):
+                    at = source + sample * size
+                    for target, own in parts:
+                        self._copy(target + (begin + sample) * own, at, own, _ON_DEVICE, handle)
+                        at += own
             if not capturing:
                 self._do("cudaEventRecord", self._event, handle)
                 self._stream = stream

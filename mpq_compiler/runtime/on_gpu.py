@@ -7,8 +7,9 @@ the CPU, and nothing waits for the GPU.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,30 @@ _CUDA = 2  # kDLCUDA
 
 
 @dataclass(frozen=True)
-class There:
+class Origin:
+    """Which tensor of the caller's it is: equal for what has the same memory, and was not written to in between.
+
+    Writing to tensors of torch's inference mode does not show.
+    """
+
+    identity: tuple[object, ...]
+    held: object = field(compare=False)
+    """The tensor: while it is there, no other one has its memory."""
+
+
+class OnGpu(ABC):
+    """What a call reads on a GPU."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @abstractmethod
+    def rows(self, begin: int, end: int, count: int, batch: int) -> list[tuple[int, int]]:
+        """Addresses and bytes of samples, so many: behind the last one it again; one that stands for all of a batch."""
+
+
+@dataclass(frozen=True)
+class There(OnGpu):
     """A tensor on a GPU, contiguous."""
 
     pointer: int
@@ -28,14 +52,26 @@ class There:
     dtype: np.dtype
     owner: object
     """What keeps the memory: no longer than until the copies from it are asked for, which is the stream's order."""
+    origin: Origin
 
     def rows(self, begin: int, end: int, count: int, batch: int) -> list[tuple[int, int]]:
-        """Addresses and bytes of samples, so many: behind the last one it again; one that stands for all of a batch."""
         size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
         if (self.shape[0] if self.shape else 1) != batch:
             return [(self.pointer, size)] * count
         last = [(self.pointer + (end - 1) * size, size)] * (count - (end - begin))
         return [(self.pointer + begin * size, (end - begin) * size), *last]
+
+
+class Stacked(OnGpu):
+    """Tensors [B, ...] of one shape as one, [B, S, ...], which is put together where a call reads it."""
+
+    def __init__(self, parts: Sequence[There]) -> None:
+        batch, *rest = parts[0].shape
+        self.parts, self.shape, self.dtype = parts, (batch, len(parts), *rest), parts[0].dtype
+
+    def rows(self, begin: int, end: int, count: int, batch: int) -> list[tuple[int, int]]:
+        samples = [min(sample, end - 1) for sample in range(begin, begin + count)]
+        return [row for at in samples for part in self.parts for row in part.rows(at, at + 1, 1, batch)]
 
 
 def device_of(value: object) -> int | None:
@@ -82,6 +118,8 @@ def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[ob
     if _is_torch(value):
         torch = sys.modules["torch"]
         own = getattr(torch, str(wanted))
+        version = None if value.is_inference() else value._version
+        origin = Origin((value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, version), value)
         if value.dtype != own:
             if wanted.kind == "f" and not (value.dtype.is_floating_point or value.ndim <= 2):
                 raise UserError(f"input '{name}' is {value.dtype}; this artifact takes {wanted}")
@@ -89,7 +127,7 @@ def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[ob
                 raise UserError(f"input '{name}' is {value.dtype}; this artifact takes {wanted}")
             value = value.to(own)
         value = value.detach().contiguous()
-        return There(value.data_ptr(), tuple(value.shape), wanted, value)
+        return There(value.data_ptr(), tuple(value.shape), wanted, value, origin)
     tensor = from_dlpack(value)
     if str(tensor.dtype) != str(wanted):
         raise UserError(f"input '{name}' is {tensor.dtype}; this artifact takes {wanted}")
@@ -98,10 +136,19 @@ def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[ob
         if extent != 1 and stride != expected_stride:
             raise UserError(f"input '{name}' has strides {tuple(tensor.strides)}; give a contiguous tensor")
         expected_stride *= extent
-    return There(tensor.data_ptr(), shape, wanted, tensor)
+    return There(tensor.data_ptr(), shape, wanted, tensor, Origin((tensor.data_ptr(), shape), tensor))
 
 
-def standing_in(tensor: There) -> np.ndarray:
+def conditions_key(inputs: Mapping[str, object], latent: str) -> Hashable:
+    """Tells which tensors and values the inputs of a call are that stay the same from step to step."""
+    return tuple(
+        (name, value.origin if isinstance(value, There) else np.asarray(value).tobytes())
+        for name, value in sorted(inputs.items())
+        if name not in (latent, "timestep")
+    )
+
+
+def standing_in(tensor: OnGpu) -> np.ndarray:
     """An array of the tensor's shape and type, of zeros that take no memory: to check a call by."""
     return np.broadcast_to(np.zeros((), tensor.dtype), tensor.shape)
 

@@ -11,16 +11,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import operator
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 
 from mpq_compiler.support.errors import Notice
 
 Array = np.ndarray
+Value = Any
+"""An array of any library."""
+Inputs = Mapping[str, Value]
 KEPT, WEIGHTS = "kept", "kept_weights"
 """The inputs of a step that reuses: the kept values [B, `SLOTS`, ...], and what each counts for [B, `SLOTS`]."""
 SLOTS = 3
@@ -118,29 +122,61 @@ def extrapolated(step: int, computed: Sequence[int], timesteps: Sequence[float])
 
 @dataclass
 class Functions:
-    """The three functions of a denoiser that can reuse; a batch is in and out."""
+    """The three functions of a denoiser that can reuse; a batch is in and out, of arrays of any library."""
 
-    whole: Callable[[Mapping[str, Array]], Array]
+    whole: Callable[[Inputs], Value]
     """Computes all."""
-    keeping: Callable[[Mapping[str, Array]], Array]
-    """Computes all: [B, n], the output of each sample and behind it the kept value, both flat."""
-    reusing: Callable[[Mapping[str, Array]], Array]
-    """Computes what is left, from inputs with `KEPT` and `WEIGHTS`."""
+    keeping: Callable[[Inputs], tuple[Value, Value]]
+    """Computes all: the output, and the value to keep, each [B, ...]."""
+    reusing: Callable[[Inputs, Sequence[Value], Sequence[float]], Value]
+    """Computes what is left, from `SLOTS` kept values and what each counts for."""
 
 
-def of_outputs(whole: Callable[[Mapping[str, Array]], Array]) -> Functions:
-    """The functions of a denoiser whose outputs are what is kept: a step that reuses sums them, and calls nothing."""
+def of_compiled(
+    whole: Callable[[Inputs], Array],
+    keeping: Callable[[Inputs], Array],
+    reusing: Callable[[Inputs], Array],
+    output: tuple[int, ...],
+    kept: tuple[int, ...],
+) -> Functions:
+    """The functions of a denoiser by those that are compiled.
 
-    def keeping(inputs: Mapping[str, Array]) -> Array:
+    Args:
+        whole: computes all.
+        keeping: computes all: [B, n], the output of each sample and behind it the kept value, both flat.
+        reusing: computes what is left, from inputs with `KEPT` and `WEIGHTS`.
+        output: the shape of the output of a sample.
+        kept: the shape of its kept value.
+    """
+    split = math.prod(output)
+
+    def parted(inputs: Inputs) -> tuple[Array, Array]:
+        found = keeping(inputs)
+        return found[:, :split].reshape(-1, *output), found[:, split:].reshape(-1, *kept)
+
+    def gathered(inputs: Inputs, values: Sequence[Array], weights: Sequence[float]) -> Array:
+        rows = np.tile(np.array(weights, np.float32), (len(values[0]), 1))
+        return reusing({**inputs, KEPT: np.stack(values, axis=1), WEIGHTS: rows})
+
+    return Functions(whole, parted, gathered)
+
+
+def of_outputs(whole: Callable[[Inputs], Value], copy: str = "copy") -> Functions:
+    """The functions of a denoiser whose outputs are what is kept: a step that reuses sums them, and calls nothing.
+
+    Args:
+        whole: computes all.
+        copy: the method that copies an output, to which a sampler may write.
+    """
+    copied = operator.methodcaller(copy)
+
+    def keeping(inputs: Inputs) -> tuple[Value, Value]:
         found = whole(inputs)
-        flat = found.reshape(len(found), -1)
-        return np.concatenate([flat, flat], axis=1)
+        return found, copied(found)
 
-    def reusing(inputs: Mapping[str, Array]) -> Array:
-        kept, weights = inputs[KEPT], inputs[WEIGHTS]
-        ones = [1] * (kept.ndim - 2)
-        first, *others = (kept[:, slot] * weights[:, slot].reshape(-1, *ones) for slot in range(SLOTS))
-        return functools.reduce(np.add, others, first)
+    def reusing(inputs: Inputs, values: Sequence[Value], weights: Sequence[float]) -> Value:
+        first, *others = (value * float(np.float32(weight)) for value, weight in zip(values, weights, strict=True))
+        return functools.reduce(operator.add, others, first)
 
     return Functions(whole, keeping, reusing)
 
@@ -152,7 +188,7 @@ class _Stream:
     last: int = -1
     """The step of the last call."""
     batch: int = 0
-    values: dict[int, Array] = field(default_factory=dict)
+    values: dict[int, Value] = field(default_factory=dict)
     """The kept value of each step, [B, ...]; the last `SLOTS`."""
 
 
@@ -168,36 +204,34 @@ class KeptSteps:
         self,
         schedule: Schedule,
         functions: Functions,
-        output: tuple[int, ...],
-        kept: tuple[int, ...],
         latent: str,
+        key: Callable[[Inputs, str], Hashable] | None = None,
     ) -> None:
         """Begins with nothing kept.
 
         Args:
             schedule: what each step computes.
             functions: the denoiser's.
-            output: the shape of the output of a sample.
-            kept: the shape of its kept value.
             latent: the name of the input that changes with every step.
+            key: tells calls by their conditions, from the inputs and the name of the latents; `conditions_key` does.
         """
         self.schedule, self.functions = schedule, functions
-        self._output, self._kept, self._latent = output, kept, latent
+        self._latent, self._key = latent, key or conditions_key
         self._steps = {time: step for step, time in enumerate(schedule.timesteps)}
-        self._streams: dict[bytes, _Stream] = {}
+        self._streams: dict[Hashable, _Stream] = {}
         self.reused = 0
         """The number of calls that reused a value."""
         self._warned = False
 
-    def __call__(self, **inputs: Array) -> Array:
-        """Predicts as the denoiser does; the arrays have the batch first."""
+    def __call__(self, **inputs: Value) -> Value:
+        """Predicts as the denoiser does; the arrays have the batch first, and the timesteps are NumPy's."""
         times = np.unique(np.asarray(inputs["timestep"], np.float64))
         step = self._steps.get(float(times[0])) if len(times) == 1 else None
         if step is None:
             self._warn(times)
             return self.functions.whole(inputs)
-        batch = len(inputs[self._latent])
-        stream = self._stream(conditions_key(inputs, self._latent))
+        batch = inputs[self._latent].shape[0]
+        stream = self._stream(self._key(inputs, self._latent))
         if step != stream.last + 1 or batch != stream.batch:
             stream.values.clear()
             if -1 < stream.last < step - 1:  # steps are left out; a drawing begins at any
@@ -208,37 +242,40 @@ class KeptSteps:
             return self._reused(stream, sources, inputs)
         if step not in self.schedule.kept:
             return self.functions.whole(inputs)
-        found = self.functions.keeping(inputs)
-        split = math.prod(self._output)
+        found, value = self.functions.keeping(inputs)
         if len(stream.values) == SLOTS:
             del stream.values[min(stream.values)]
-        stream.values[step] = found[:, split:].reshape(batch, *self._kept)
-        return found[:, :split].reshape(batch, *self._output)
+        stream.values[step] = value
+        return found
 
-    def _stream(self, key: bytes) -> _Stream:
+    def _stream(self, key: Hashable) -> _Stream:
         found = self._streams.pop(key, None) or _Stream()
         self._streams[key] = found  # the latest used is the last
         if len(self._streams) > STREAMS:
-            del self._streams[next(iter(self._streams))]
+            evicted = self._streams.pop(next(iter(self._streams)))
+            if evicted.last < len(self._steps) - 1:
+                self._say(
+                    f"calls have more than {STREAMS} sets of conditions before the last step: what is computed for the "
+                    "earliest of these is not kept; give the same tensors in every step, and draw for fewer at a time"
+                )
         return found
 
-    def _reused(self, stream: _Stream, sources: Sequence[Source], inputs: Mapping[str, Array]) -> Array:
+    def _reused(self, stream: _Stream, sources: Sequence[Source], inputs: Inputs) -> Value:
         self.reused += 1
         read = [*sources, *[(sources[0][0], 0.0)] * (SLOTS - len(sources))]
-        kept = np.stack([stream.values[step] for step, _ in read], axis=1)
-        weights = np.tile(np.array([weight for _, weight in read], np.float32), (stream.batch, 1))
-        return self.functions.reusing({**inputs, KEPT: kept, WEIGHTS: weights})
+        return self.functions.reusing(inputs, [stream.values[step] for step, _ in read], [each for _, each in read])
 
     def _warn(self, times: Array) -> None:
+        steps = len(self.schedule.timesteps)
+        self._say(
+            f"a call at timestep {times[0]:g} does not follow the {steps} steps for which it was decided what may "
+            f"be reused: such calls are computed whole; draw in {steps} steps of the sampler it was compiled for"
+        )
+
+    def _say(self, sentence: str) -> None:
         if not self._warned:
             self._warned = True
-            steps = len(self.schedule.timesteps)
-            warnings.warn(
-                f"a call at timestep {times[0]:g} does not follow the {steps} steps for which it was decided what may "
-                f"be reused: such calls are computed whole; draw in {steps} steps of the sampler it was compiled for",
-                Notice,
-                stacklevel=4,
-            )
+            warnings.warn(sentence, Notice, stacklevel=5)
 
 
 def conditions_key(inputs: Mapping[str, Array], latent: str) -> bytes:

@@ -30,7 +30,7 @@ from mpq_compiler.passes.keep_values import KeepValues
 from mpq_compiler.passes.step_reuse import StepReuse
 from mpq_compiler.pipeline.realize import realize, uniform
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.sampling.reuse import OUTPUT, Functions, KeptSteps
+from mpq_compiler.sampling.reuse import OUTPUT, KeptSteps, of_compiled
 from mpq_compiler.support.errors import BudgetError, UserError
 from tests.harness import programs
 
@@ -94,12 +94,12 @@ def test_fitted_weights_are_nearer_than_a_line(measured, number):
 
 def test_weights_of_a_sum_are_found():
     made = np.random.default_rng(0)
-    kept = made.standard_normal((5, 3, 4, 6), np.float32)
-    computed = np.tensordot(kept, [0.7, -0.2, 0.4], ((1,), (0,))).reshape(5, -1)
+    kept = made.standard_normal((3, 5, 4, 6), np.float32)
+    computed = np.tensordot([0.7, -0.2, 0.4], kept, 1)
     assert fit_weights(kept, computed, [1.0, 0.0, 0.0]) == pytest.approx([0.7, -0.2, 0.4], abs=1e-3)
-    assert fit_weights(kept, kept[:, 0].reshape(5, -1), [1.0]) == pytest.approx([1.0])
+    assert fit_weights(kept, kept[0], [1.0]) == pytest.approx([1.0])
     nothing = np.zeros_like(kept)
-    assert fit_weights(nothing, np.zeros((5, 24)), [1.5, -0.5, 0.0]) == [1.5, -0.5, 0.0]
+    assert fit_weights(nothing, nothing[0], [1.5, -0.5, 0.0]) == [1.5, -0.5, 0.0]
 
 
 def test_what_is_replayed_is_what_would_be_computed(measured):
@@ -109,10 +109,10 @@ def test_what_is_replayed_is_what_would_be_computed(measured):
     reuse.mark(simulated, cut.node)
     drawing = Drawing(session, STEPS, 2)
     schedule = schedule_of(cut, found.timesteps, [Gap(2, 1)])
-    keeping, reusing = reuse.keeping(simulated), reuse.reusing(simulated)
-    functions = Functions(*((lambda inputs, p=p: drawing.run(p, inputs)) for p in (simulated, keeping, reusing)))
-    shape = drawing.denoiser.latent_shape
-    steps = KeptSteps(schedule, functions, shape, reuse.kept_shape(simulated), drawing.denoiser.latent)
+    all_three = simulated, reuse.keeping(simulated), reuse.reusing(simulated)
+    called = ((lambda inputs, p=p: drawing.run(p, inputs)) for p in all_three)
+    functions = of_compiled(*called, drawing.denoiser.latent_shape, reuse.kept_shape(simulated))
+    steps = KeptSteps(schedule, functions, drawing.denoiser.latent)
     assert np.array_equal(MarkedDrawing(drawing, simulated, {0, 1, 2}).by(schedule), drawing.draw(steps))
     assert steps.reused == 1
 

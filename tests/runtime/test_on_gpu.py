@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 pytest.importorskip("tvm")
+import mpq_compiler
 from mpq_compiler.backends.tvm.build import build
+from mpq_compiler.runtime import on_gpu
 from mpq_compiler.targets import table as targets
-from tests.harness import packed
+from tests.harness import packed, programs
 from tests.harness.cuda import emulator, kernels, nvcc
 
 PRELUDE = """
@@ -46,19 +49,43 @@ def says(what, function):
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory):
-    """(an artifact for a GPU, its inputs)"""
+def compiled(tmp_path_factory):
+    """(an artifact for a GPU whose steps may reuse a value, the model)"""
     emulator.needs()
-    folder = tmp_path_factory.mktemp("gpu")
-    case, target = packed.program("sd15", "int8"), targets.resolve("cuda-sm90")
+    folder, denoiser = tmp_path_factory.mktemp("gpu"), programs.denoiser("sd15")
+    save_file({"encoder_hidden_states": rows_of(denoiser, 3)["encoder_hidden_states"]}, folder / "texts.safetensors")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_HOME", str(nvcc.install(folder / "cuda")))
-        built = build(case.program, target, (1, 2), jobs=2, cache=folder)
-    path = packed.write(folder / "model.mpq", case.program, target, built)
-    return path, {name: value.numpy()[:5] for name, value in case.inputs.items()}
+        mpq_compiler.compile(
+            denoiser,
+            folder / "model.mpq",
+            pipeline=programs.KEPT,
+            target="cuda-sm90",
+            shapes="1x4x16x16,2x4x16x16",
+            conditions=folder / "texts.safetensors",
+        )
+    return folder / "model.mpq", denoiser
 
 
-def run(artifact: tuple[Path, dict[str, Any]], script: str, devices: str = "1") -> None:
+@pytest.fixture
+def artifact(compiled):
+    """(an artifact for a GPU, its inputs)"""
+    path, denoiser = compiled
+    return path, rows_of(denoiser, 5)
+
+
+@pytest.fixture
+def reusing(compiled):
+    """(an artifact for a GPU whose steps reuse a value, inputs of two sets of conditions)"""
+    path, denoiser = compiled
+    return path, [rows_of(denoiser, 1, seed) for seed in (0, 1)]
+
+
+def rows_of(denoiser: Any, count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in denoiser.random_inputs(count, seed).items()}
+
+
+def run(artifact: tuple[Path, Any], script: str, devices: str = "1") -> None:
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + script],
         input=pickle.dumps(artifact),
@@ -108,7 +135,7 @@ def call():
     taken = [on_gpu.taken(n, t, denoiser._kinds[0].inputs[n], machine.from_dlpack) for n, t in tensors.items()]
     pieces = [each.rows(0, 2, 2, 2) for each in taken]
     result = machine.call("denoise_b2", pieces, stream.value, True)
-    machine.end(result, out.data_ptr(), 0, 2, stream.value, True)
+    machine.end(result, [(out.data_ptr(), 4 * int(np.prod(out.shape[1:])))], 0, 2, stream.value, True)
 
 assert driver.cudaStreamBeginCapture(stream, 0) == 0
 call()
@@ -177,3 +204,72 @@ def test_a_device_for_an_artifact_of_the_cpu(tmp_path):
     with pytest.raises(UserError, match=r"device is 'cuda', and .* is for 'x86-64-avx2'"):
         compiled_denoiser.load(path, device="cuda")
     assert np.isfinite(compiled_denoiser.load(path).run({n: v.numpy()[:1] for n, v in case.inputs.items()})).all()
+
+
+STEPS = """
+denoiser = load()
+machine, times = denoiser.executor, denoiser.manifest["reuse"]["timesteps"]
+called = []
+original = machine.call
+machine.call = lambda function, *rest: called.append(function) or original(function, *rest)
+
+def latents(step):
+    return np.random.default_rng(step).standard_normal(inputs[0]["sample"].shape, np.float32)
+
+def drawn(conditions, predict, order=range(len(times))):
+    for step in order:
+        for own in conditions:
+            count, kind = own["timestep"].shape, own["timestep"].dtype
+            yield predict({**own, "sample": latents(step), "timestep": np.full(count, times[step], kind)})
+
+def by_arrays(arrays):
+    return np.array(denoiser(**arrays, return_dict=False)[0])
+"""
+
+
+def test_steps_reuse_what_stays_on_the_gpu(reusing):
+    """The bits of steps by way of the CPU: of two sets of conditions, the timestep anywhere."""
+    run(reusing, STEPS + """
+held = [there(machine, {n: own[n] for n in own if n not in ("sample", "timestep")}) for own in inputs]
+
+def by_tensors(arrays):
+    number = next(i for i, own in enumerate(inputs) if own["encoder_hidden_states"] is arrays["encoder_hidden_states"])
+    changing = {"sample": arrays["sample"], **({"timestep": arrays["timestep"]} if number else {})}
+    return call(denoiser, {"timestep": arrays["timestep"], **there(machine, changing), **held[number]})
+
+with denoiser.reusing():
+    expected = list(drawn(inputs, by_arrays))
+assert not called
+with denoiser.reusing():
+    found = list(drawn(inputs, by_tensors))
+assert [a.tobytes() for a in found] == [a.tobytes() for a in expected]
+reused = sum(map(bool, denoiser.manifest["reuse"]["sources"]))
+assert sum("reusing" in name for name in called) == 2 * reused > 0
+beyond = next(drawn(inputs, by_tensors, [2]))
+assert beyond.tobytes() == next(drawn(inputs, by_arrays, [2])).tobytes() != found[2 * 2].tobytes()
+""")
+
+
+def test_kept_values_are_read_where_they_lie():
+    """Sample by sample the values of all kept ones, and the last sample again where a function takes more."""
+    parts = [
+        on_gpu.There(address, (3, 5), np.dtype(np.float32), None, on_gpu.Origin((), None)) for address in (1000, 2000)
+    ]
+    stacked = on_gpu.Stacked(parts)
+    assert stacked.shape == (3, 2, 5) == on_gpu.standing_in(stacked).shape
+    assert stacked.rows(1, 3, 4, 3) == [(1020, 20), (2020, 20)] + 3 * [(1040, 20), (2040, 20)]
+
+
+def test_conditions_that_are_other_tensors_are_other_conditions(reusing):
+    """Of every call new ones, in memory that the last ones had: nothing is taken of another's, and a notice says so."""
+    run(reusing, STEPS + """
+import warnings
+
+order = [0, 1, 2, 3, 0]
+with denoiser.reusing(), warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    found = list(drawn(inputs[:1], lambda arrays: call(denoiser, there(machine, arrays)), order))
+assert not any("reusing" in name for name in called)
+assert [a.tobytes() for a in found] == [a.tobytes() for a in drawn(inputs[:1], by_arrays, order)]
+assert ["sets of conditions" in str(each.message) for each in caught] == [True], caught
+""")

@@ -126,7 +126,7 @@ def test_steps_that_sum_earlier_outputs_are_recorded() -> None:
     outputs = [*np.random.default_rng(0).standard_normal((3, *shape), np.float32)]
 
     def last(model: Callable[[Any], Any], x: Any) -> Any:
-        steps = KeptSteps(schedule, of_outputs(model), shape[1:], shape[1:], "sample")
+        steps = KeptSteps(schedule, of_outputs(model), "sample")
         return [steps(sample=x, timestep=np.full(2, time)) for time in times][-1]
 
     given = iter(outputs)

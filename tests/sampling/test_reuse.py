@@ -6,15 +6,16 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 
 from mpq_compiler.sampling.reuse import (
     KEPT,
     SLOTS,
     STREAMS,
     WEIGHTS,
-    Functions,
     KeptSteps,
     Schedule,
+    of_compiled,
     of_outputs,
     sources_of,
 )
@@ -58,7 +59,8 @@ class Network:
         return self.outer(inputs, inner)
 
     def steps(self, chosen: Schedule) -> KeptSteps:
-        return KeptSteps(chosen, Functions(self.whole, self.keeping, self.reusing), SHAPE, KEPT_SHAPE, "sample")
+        functions = of_compiled(self.whole, self.keeping, self.reusing, SHAPE, KEPT_SHAPE)
+        return KeptSteps(chosen, functions, "sample")
 
 
 def given(step: int, batch: int = 2, label: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
@@ -115,12 +117,33 @@ def test_steps_compute_and_reuse_as_scheduled():
 def test_where_the_output_is_kept_a_step_that_reuses_calls_nothing():
     network, chosen = Network(), schedule(True, True, False, True, False)
     chosen = chosen.weighted({4: [0.75, 0.5, -0.25]})
-    steps = KeptSteps(chosen, of_outputs(network.whole), SHAPE, SHAPE, "sample")
+    steps = KeptSteps(chosen, of_outputs(network.whole), "sample")
     found = [steps(**given(step)) for step in range(5)]
     assert network.calls == ["whole"] * 3 and steps.reused == 2
     for step in (2, 4):
         expected = sum(found[source] * np.float32(weight) for source, weight in chosen.sources[step])
         assert np.array_equal(found[step], expected)
+
+
+def test_outputs_of_torch_are_summed_to_the_same_bits_and_may_be_written_to():
+    network, chosen = Network(), schedule(True, True, True, False, False).weighted({3: [1.3, 0.7, -0.25]})
+    steps = KeptSteps(chosen, of_outputs(network.whole), "sample")
+    expected = [steps(**given(step)) for step in range(5)]
+    there = KeptSteps(chosen, of_outputs(lambda inputs: torch.from_numpy(network.whole(inputs)), "clone"), "sample")
+    for step in range(5):
+        found = there(**given(step))
+        assert np.array_equal(found.numpy(), expected[step])
+        found.zero_()
+
+
+def test_more_sets_of_conditions_than_are_kept_are_told_of():
+    network = Network()
+    steps = network.steps(schedule(True, False, True, False, False))
+    with pytest.warns(Notice, match=f"more than {STREAMS} sets of conditions"):
+        for step in range(2):
+            for label in range(STREAMS + 1):
+                steps(**given(step, label=label))
+    assert "reusing" not in network.calls
 
 
 def test_a_step_whose_value_nobody_reads_keeps_none():
