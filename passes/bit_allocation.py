@@ -58,8 +58,11 @@ Destroyed networks are off by as much.
 """
 AGAIN_DB = 1.0
 """The difference in dB from which on losses are measured again, around the plan."""
-AGAIN_SHARE = 0.5
-"""How often losses are measured again, for what a compilation is expected to take."""
+AGAIN_SHARE = 0.25
+"""The share of its rounds in which losses are measured again, for what a compilation is expected to take.
+
+Of six large models one needs that.
+"""
 AROUND = LossEstimator((), (8,), None, 8, 1 << 23)
 """Measures them, as far as that takes time."""
 UNQUANTIZED = 16
