@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -20,14 +18,15 @@ import numpy as np
 from mpq_compiler.artifact import bundle as artifacts
 from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.artifact.manifest import Function
-from mpq_compiler.artifact.manifest import Value as InputValue
 from mpq_compiler.artifact.signature import Trust
-from mpq_compiler.runtime import covered, forks, instances, lora, on_gpu, pretrained
+from mpq_compiler.runtime import checks, covered, forks, instances, lora, on_gpu, pretrained
+from mpq_compiler.runtime.calls import Fitted, Kind, kinds_of, parts_of
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
 from mpq_compiler.runtime.memo import REUSE_BYTES
 from mpq_compiler.runtime.on_gpu import OnGpu, Stacked, There
 from mpq_compiler.runtime.tvm import VirtualMachine, usable_cores
+from mpq_compiler.runtime.values import as_array, is_half, is_torch, is_traced, loaded_torch, stacked
 from mpq_compiler.sampling.call_tree import (
     CONSTANTS,
     Arguments,
@@ -42,16 +41,10 @@ from mpq_compiler.sampling.call_tree import (
 from mpq_compiler.sampling.convention import Convention
 from mpq_compiler.sampling.reuse import KEPT, OUTPUT, WEIGHTS, Functions, KeptSteps, Schedule, of_compiled, of_outputs
 from mpq_compiler.support import plugins
-from mpq_compiler.support.errors import Notice, UserError, nearest
+from mpq_compiler.support.errors import Notice, UserError
 from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
-
-ASSUMED_TO = 0.02
-"""Largest allowed mean deviation of a token that was compiled in as a constant, relative to its mean magnitude."""
-
-LARGEST = 1e18
-"""The greatest magnitude of an input: squares of more, which norms take, overflow float32."""
 
 EXECUTORS = "mpq_compiler.executors"
 """The group of entry points that load an artifact of a backend: ``(artifact, threads) -> Executor``."""
@@ -104,67 +97,6 @@ class Config(dict[str, Any]):
             raise AttributeError(f"the model's configuration has no '{name}'") from None
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of calls that an artifact takes; there is one, without a form, where a model is called by its inputs."""
-
-    text: str
-    form: CallForm | None
-    functions: list[Function]
-    _fitting: dict[tuple[tuple[int, ...], ...], tuple[int, list[Function]]] = field(default_factory=dict, compare=False)
-
-    @cached_property
-    def inputs(self) -> dict[str, InputValue]:
-        """The inputs of its functions by name."""
-        return {value["name"]: value for value in self.functions[0]["inputs"]}
-
-    def fitting(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, list[Function]]:
-        """The batch size, and the functions compiled for the inputs' other dimensions.
-
-        NoSuchCall: there are none. UserError: inputs without a sample, or of different batches.
-        """
-        shapes = tuple(array.shape for array in arrays.values())
-        if (known := self._fitting.get(shapes)) is None:
-            known = self._fitting[shapes] = self._fitted(arrays)
-        return known
-
-    def _fitted(self, arrays: Mapping[str, np.ndarray]) -> tuple[int, list[Function]]:
-        first = next(iter(arrays))
-        batch = len(arrays[first])
-        for name, array in arrays.items():
-            if array.size == 0:
-                raise UserError(
-                    f"input '{name}' is empty, of shape {list(array.shape)}; a batch needs a sample"
-                )
-            if len(array) != batch:
-                raise UserError(f"input '{name}' has a batch of {len(array)}, and '{first}' one of {batch}")
-        found = self.functions
-        for name, array in arrays.items():
-            shapes = {f["name"]: _shape(f, name) for f in found}
-            found = [f for f in found if shapes[f["name"]][1:] == array.shape[1:]]
-            if not found:
-                known = " or ".join(sorted({_shape_text(shape) for shape in shapes.values()}))
-                raise NoSuchCall(f"input '{name}' has shape {list(array.shape)}; this artifact takes {known}")
-        return batch, found
-
-
-def _kinds(manifest: Mapping[str, Any]) -> list[Kind]:
-    reuse = manifest.get("reuse", {})
-    others = {*reuse.get("keeping", ()), *reuse.get("reusing", ())}
-    functions = {function["name"]: function for function in manifest["functions"] if function["name"] not in others}
-    calls = manifest["model"].get("calls", ())
-    found = [Kind(c["text"], CallForm.from_json(c["form"]), [functions[n] for n in c["functions"]]) for c in calls]
-    return found or [Kind("", None, [*functions.values()])]
-
-
-class Fitted(NamedTuple):
-    """Checked inputs of a call, the batch size, and the functions that take them."""
-
-    arrays: Mapping[str, np.ndarray]
-    batch: int
-    functions: list[Function]
-
-
 def load(
     path: str | os.PathLike[str],
     threads: int | None = None,
@@ -180,7 +112,8 @@ def load(
         threads: threads of a call, by default what the artifact was compiled with, else every core that this process
             may use, and never more than these. The number changes no bit of a result.
         check_finite: whether values are looked at: NaN or infinity in an input or the output is an error, and so is an
-            input beyond `LARGEST`; what lies outside the calibrated range is counted (`CompiledDenoiser.saturated`).
+            input beyond `checks.LARGEST`; what lies outside the calibrated range is counted
+            (`CompiledDenoiser.saturated`).
         reuse_bytes: memory for results that depend on timesteps and texts alone, which are kept between calls; 0
             computes them in every call (docs/artifact.md).
         device: the GPU of an artifact for one, such as "cuda:1"; the first by default.
@@ -254,12 +187,12 @@ class CompiledDenoiser:
         self.config = Config(self.manifest["model"]["config"])
         self.check_finite = check_finite
         ranges = covered.ranges(self.manifest)
-        self._covered = {name: each.widened() for name, each in ranges.items() if not _is_mask(name)}
+        self._covered = {name: each.widened() for name, each in ranges.items() if not checks.is_mask(name)}
         self.saturated = dict.fromkeys(self._covered, 0) if check_finite and self._covered else None
         """How many values of each float input, over all calls, lay outside what calibration covered (`covered`), where
         activations are cut off. None where nobody counts: the artifact does not state its ranges, or without
         ``check_finite``. Tensors that stay on the GPU are not looked at."""
-        self._kinds = _kinds(self.manifest)
+        self._kinds = kinds_of(self.manifest)
         self.signature: list[str] = self.manifest["model"].get("signature", self.input_names)
         call = self.manifest["model"].get("call", {})
         self._convention = Convention(**{**call, "baked": tuple(call.get("baked", ()))})
@@ -370,7 +303,7 @@ class CompiledDenoiser:
     @property
     def dtype(self) -> Any:
         """The type it computes in: float32, torch's where torch is loaded, else NumPy's."""
-        torch = _torch()
+        torch = loaded_torch()
         return torch.float32 if torch else np.dtype(np.float32)
 
     @property
@@ -379,7 +312,7 @@ class CompiledDenoiser:
 
         Where torch was built without CUDA this is the CPU, for its tensors cannot be anywhere else.
         """
-        torch = _torch()
+        torch = loaded_torch()
         name = self._devices[-1] if not torch or torch.cuda.is_available() else "cpu"
         number = getattr(self.executor, "device", 0)
         name = f"{name}:{number}" if number else name
@@ -450,7 +383,7 @@ class CompiledDenoiser:
         Raises:
             UserError: as `run`; an input is given twice, or there are too many.
         """
-        if _is_traced():
+        if is_traced():
             from mpq_compiler.runtime import operator
 
             found = operator.called(self._number, args, kwargs)
@@ -463,17 +396,17 @@ class CompiledDenoiser:
 
     def _predicted(self, inputs: Mapping[str, Value], tensors: Mapping[str, There], fitted: Fitted) -> Value:
         """The output for the inputs of a call, as `_placed` has them: where and in the type that they ask for."""
-        given = next((value for value in inputs.values() if _is_torch(value)), None)
+        given = next((value for value in inputs.values() if is_torch(value)), None)
         if tensors:
             result = self._predicted_there(tensors, fitted, given is not None)
-            return result.to(given.dtype) if given is not None and _is_half(given) else result
+            return result.to(given.dtype) if given is not None and is_half(given) else result
         steps = self._steps_of_block("here", self.steps)
         found: Value = self._run(fitted) if steps is None else steps(**fitted.arrays)
         if given is None:
             return found
-        torch = _torch()
+        torch = loaded_torch()
         assert torch
-        return torch.from_numpy(found).to(given.device, given.dtype if _is_half(given) else None)
+        return torch.from_numpy(found).to(given.device, given.dtype if is_half(given) else None)
 
     def _predicted_there(self, tensors: Mapping[str, There], fitted: Fitted, as_torch: bool) -> Value:
         """The output for tensors on the GPU; within a block of `reusing` as a step of its sampler."""
@@ -512,7 +445,7 @@ class CompiledDenoiser:
         stream, capturing = on_gpu.stream_of(machine.device)
         if not capturing:
             self._require_values(tensors, machine)
-        torch = _torch() if as_torch else None
+        torch = loaded_torch() if as_torch else None
         device = f"cuda:{machine.device}"
         made = [
             torch.empty((fitted.batch, *shape), device=device)
@@ -523,7 +456,7 @@ class CompiledDenoiser:
         parts = [(out.data_ptr(), 4 * math.prod(shape)) for out, shape in zip(made, shapes, strict=True)]
         forks.give_way()
         with self._unforked, self._lock:
-            for function, begin, end in _schedule(fitted.batch, fitted.functions):
+            for function, begin, end in parts_of(fitted.batch, fitted.functions):
                 count = function["batch"] or end - begin
                 rows = np.minimum(np.arange(begin, begin + count), end - 1)
                 pieces = [
@@ -545,17 +478,17 @@ class CompiledDenoiser:
                 if name in kind.inputs and on_gpu.device_of(value) is not None:
                     tensors[name] = on_gpu.taken(name, value, kind.inputs[name], self.executor.from_dlpack)
                     arrays[name] = on_gpu.standing_in(tensors[name])
-        floats = {name: value.float() if _is_half(value) else value for name, value in arrays.items()}
-        return tensors, self._fitted(floats, kind)
+        floats = {name: value.float() if is_half(value) else value for name, value in arrays.items()}
+        return tensors, kind.fitted(floats, self._devices)
 
     def _require_values(self, tensors: Mapping[str, OnGpu], machine: CudaMachine) -> None:
         """Raises a UserError for labels beyond a table and tokens unlike the folded ones: this waits for the GPU."""
         for name, below in self.manifest["model"].get("below", {}).items():
             if isinstance(tensor := tensors.get(name), There):
-                _require_range(name, machine.values(tensor), below)
+                checks.require_range(name, machine.values(tensor), below)
         for assumed in self.manifest.get("assumptions", ()):
             if isinstance(tensor := tensors.get(assumed["input"]), There):
-                _require_token(assumed, machine.values(tensor))
+                checks.require_token(assumed, machine.values(tensor))
 
     def _called(self, arguments: Arguments, return_dict: bool) -> Value:
         """A call in the form of the recorded ones; the result has the structure of the model's own."""
@@ -577,8 +510,8 @@ class CompiledDenoiser:
         """The call as one of a kind: its form, the inputs, and these as `_placed`. UserError: it is none."""
         form = self._kinds[index].form
         assert form is not None
-        inputs, constants = form.taken(arguments, _stack)
-        values = {path: _values(value) for path, value in constants.items()}
+        inputs, constants = form.taken(arguments, stacked)
+        values = {path: as_array(value) for path, value in constants.items()}
         of = prefix(index)
         held = {path.removeprefix(of): value for path, value in self._constants.items() if path.startswith(of)}
         require_constants(values, held, form.held)
@@ -597,7 +530,7 @@ class CompiledDenoiser:
         if "img_ids" in self._convention.baked and named.get("img_ids") is None:
             raise UserError("input 'img_ids' is missing; an artifact is called as its model is, or `run` on images")
         _, baked = flatten({name: named[name] for name in self._convention.baked if named.get(name) is not None})
-        require_constants({p: _values(v) for p, v in baked.items() if p in self._constants}, self._constants)
+        require_constants({p: as_array(v) for p, v in baked.items() if p in self._constants}, self._constants)
         arguments = self._convention.inputs(named)
         return {n: v for n, v in arguments.items() if not (isinstance(v, Mapping) and not v)}
 
@@ -617,11 +550,11 @@ class CompiledDenoiser:
 
         Raises:
             UserError: an input or `out` is missing, unknown, or of the wrong type, shape or device; the batch is empty;
-                an input or the output is not finite, or an input beyond `LARGEST`; a label is out of range.
+                an input or the output is not finite, or an input beyond `checks.LARGEST`; a label is out of range.
         """
         if not 0 <= kind < len(self._kinds):
             raise UserError(f"there is no kind {kind} of calls: this artifact has {len(self._kinds)}, the first is 0")
-        return self._run(self._fitted(inputs, self._kinds[kind]), out)
+        return self._run(self._kinds[kind].fitted(inputs, self._devices), out)
 
     def steps(self) -> Callable[..., np.ndarray]:
         """The denoiser as the steps of one sampler call it, by named arrays; each sampler has its own.
@@ -652,7 +585,7 @@ class CompiledDenoiser:
         def called(kind: Kind, inputs: Mapping[str, Value], *shapes: tuple[int, ...]) -> list[Value]:
             tensors = {name: value for name, value in inputs.items() if isinstance(value, OnGpu)}
             arrays = {**inputs, **{name: on_gpu.standing_in(tensor) for name, tensor in tensors.items()}}
-            return self._run_there(tensors, self._fitted(arrays, kind), machine, as_torch, shapes)
+            return self._run_there(tensors, kind.fitted(arrays, self._devices), machine, as_torch, shapes)
 
         def whole(inputs: Mapping[str, Value]) -> Value:
             return called(self._kinds[0], inputs, output)[0]
@@ -709,25 +642,20 @@ class CompiledDenoiser:
 
     def _run_of(self, kind: Kind, inputs: Mapping[str, Any]) -> np.ndarray:
         """The output of the functions of a kind."""
-        return self._run(self._fitted(inputs, kind))
-
-    def _fitted(self, inputs: Mapping[str, Any], kind: Kind) -> Fitted:
-        """The inputs as arrays, and the functions that take them. NoSuchCall: they are none of the kind's."""
-        arrays = self._checked(inputs, kind)
-        return Fitted(arrays, *kind.fitting(arrays))
+        return self._run(kind.fitted(inputs, self._devices))
 
     def _run(self, fitted: Fitted, out: np.ndarray | None = None) -> np.ndarray:
         arrays, batch, fitting = fitted
         if self.check_finite:
             self._look(arrays)
         for name, below in self.manifest["model"].get("below", {}).items():
-            _require_range(name, arrays[name], below)
+            checks.require_range(name, arrays[name], below)
         for assumed in self.manifest.get("assumptions", ()):
             if type(arrays[assumed["input"]]) is np.ndarray:  # else its values are not known yet (`recording`)
-                _require_token(assumed, arrays[assumed["input"]])
+                checks.require_token(assumed, arrays[assumed["input"]])
         if out is not None:
-            _require_room(out, (batch, *(int(extent or 0) for extent in fitting[0]["output"]["shape"][1:])))
-        schedule, found = _schedule(batch, fitting), []
+            checks.require_room(out, (batch, *(int(extent or 0) for extent in fitting[0]["output"]["shape"][1:])))
+        schedule, found = parts_of(batch, fitting), []
         forks.give_way()
         with self._unforked, self._lock:
             for function, begin, end in schedule:
@@ -739,7 +667,7 @@ class CompiledDenoiser:
         if out is not None or found:
             result = np.concatenate(found) if out is None else out
         if self.check_finite:
-            self._require_finite(result)
+            checks.require_finite(self._kinds[0].functions[0]["output"]["name"], result)
         return result
 
     def _look(self, arrays: Mapping[str, np.ndarray]) -> None:
@@ -747,7 +675,7 @@ class CompiledDenoiser:
         for name, array in arrays.items():
             if array.dtype.kind != "f":
                 continue
-            low, high = _extremes(name, array)
+            low, high = checks.extremes(name, array)
             within = self._covered.get(name)
             if within is not None and (low < within.low or high > within.high):
                 self._saturate(name, within, array)
@@ -777,185 +705,3 @@ class CompiledDenoiser:
             rows = np.minimum(np.arange(begin, begin + size), end - 1)
         inputs = [arrays[value["name"]][rows] for value in function["inputs"]]
         return self.executor.run(function["name"], inputs)[: end - begin]
-
-    def _checked(self, inputs: Mapping[str, Any], kind: Kind) -> dict[str, np.ndarray]:
-        taken = kind.inputs
-        for name in inputs:
-            if name not in taken:
-                raise NoSuchCall(f"this artifact has no input '{name}': {nearest(name, taken)}")
-        for name in taken:
-            if name not in inputs:
-                raise NoSuchCall(f"input '{name}' is missing; this artifact takes {', '.join(taken)}")
-        arrays = {name: _array(name, inputs[name], value, self._devices) for name, value in taken.items()}
-        batch = max((len(array) for array in arrays.values() if array.ndim), default=1)
-        for name, value in taken.items():
-            array = arrays[name]
-            if len(value["shape"]) == 1 and array.size == 1:
-                arrays[name] = array = np.broadcast_to(array.reshape(1), (batch,))
-            if array.ndim != len(value["shape"]):
-                shape = _shape_text(value["shape"])
-                raise NoSuchCall(f"input '{name}' has shape {list(array.shape)}; this artifact takes {shape}")
-        return arrays
-
-    def _require_finite(self, result: np.ndarray) -> None:
-        if _is_finite(result):
-            return
-        bad = ~np.isfinite(result)
-        name = self._kinds[0].functions[0]["output"]["name"]
-        sample = int(np.argmax(bad.reshape(len(bad), -1).any(axis=1)))
-        raise UserError(
-            f"output '{name}' holds NaN or infinity in {int(bad.sum())} of {bad.size} values, first in "
-            f"sample {sample}; inputs far outside the calibrated range do that, and so may too few bits"
-        )
-
-
-def _is_finite(array: np.ndarray) -> bool:
-    # A sum is finite only if every term is; it may overflow where all are, hence the second look. It allocates nothing.
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
-
-
-def _require_room(out: Any, shape: tuple[int, ...]) -> None:
-    """Raises a UserError where a result of this shape cannot be written to ``out``."""
-    if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (shape, np.float32) or not out.flags.writeable:
-        kind = f"{out.dtype}{list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise UserError(f"the result does not fit into `out`, {kind}: give a writeable array float32{list(shape)}")
-
-
-def _extremes(name: str, array: np.ndarray) -> tuple[float, float]:
-    """The least and the greatest value of an input. UserError: one is NaN, infinite, or beyond `LARGEST`."""
-    # Quantizers turn NaN into a code, and cut off what is beyond their range: nothing shows in what comes out.
-    with np.errstate(invalid="ignore"):
-        low, high = float(array.min()), float(array.max())  # NaN where a value is
-    if not np.isfinite((low, high)).all():
-        bad = ~np.isfinite(array.reshape(len(array), -1)).all(axis=1)
-        raise UserError(f"input '{name}' holds NaN or infinity in sample {int(bad.argmax())}; check what made it")
-    if max(high, -low) > LARGEST and not _is_mask(name):
-        at = np.unravel_index(int(np.abs(array).argmax()), array.shape)
-        raise UserError(
-            f"input '{name}' holds {array[at]:.3g} in sample {at[0]}, and at most {LARGEST:.0e} can be computed "
-            "with: squares of more overflow; check what made it"
-        )
-    return low, high
-
-
-def _is_mask(name: str) -> bool:
-    # The least value of a mask stands for minus infinity.
-    return "mask" in name
-
-
-def _require_range(name: str, array: np.ndarray, below: int) -> None:
-    # A table that is read beyond its end gives something, and nothing shows in what comes out.
-    bad = (array < 0) | (array >= below)
-    if bad.any():
-        at = int(bad.argmax())
-        sample = at // (array.size // len(array))
-        raise UserError(f"input '{name}' is {array.flat[at]} in sample {sample}; it goes from 0 to {below - 1}")
-
-
-def _require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:
-    """Raises a UserError where a sample's first token is not the constant that pass bos-split folded.
-
-    Text encoders of another precision or on another machine give the same token within some thousandths, for which
-    `ASSUMED_TO` leaves room. Another token, or the zeros that some pipelines guide with, are far beyond.
-    """
-    expected = np.asarray(assumed["values"], np.float32)
-    difference = np.abs(array[:, assumed["token"]] - expected).mean(axis=1)
-    if (difference > ASSUMED_TO * np.abs(expected).mean()).any():
-        raise UserError(
-            f"token {assumed['token']} of '{assumed['input']}' in sample {int(difference.argmax())} is not the one "
-            "with which every prompt began when this artifact was compiled; its keys and values are constants since: "
-            "encode texts as they were for calibration, or compile without the pass 'bos-split'"
-        )
-
-
-def _schedule(batch: int, functions: Sequence[Function]) -> list[tuple[Function, int, int]]:
-    """Splits a batch among functions, the largest that fit first: (function, first sample, end) of each part."""
-    sized: list[tuple[int, Function]] = []
-    for function in functions:
-        if function["batch"] is None:
-            return [(function, 0, batch)]
-        sized.append((function["batch"], function))
-    by_size = sorted(sized, key=lambda each: -each[0])
-    schedule = []
-    begin = 0
-    while begin < batch:
-        rest = batch - begin
-        size, function = next((each for each in by_size if each[0] <= rest), by_size[-1])
-        end = min(begin + size, batch)
-        schedule.append((function, begin, end))
-        begin = end
-    return schedule
-
-
-def _shape(function: Function, name: str) -> tuple[int | None, ...]:
-    return next(tuple(value["shape"]) for value in function["inputs"] if value["name"] == name)
-
-
-def _shape_text(shape: Sequence[int | None]) -> str:
-    return "[" + ", ".join(["B", *map(str, shape[1:])]) + "]"
-
-
-def _is_traced() -> bool:
-    """Whether torch.compile follows what is called."""
-    torch = _torch()
-    return torch is not None and torch.compiler.is_compiling()
-
-
-def _torch() -> Any:
-    """The torch module if the process has loaded it; the runtime itself never does."""
-    return sys.modules.get("torch")
-
-
-def _stack(values: Sequence[Value]) -> Value:
-    """One array or tensor of equal ones."""
-    torch = _torch() if _is_torch(values[0]) else None
-    return torch.stack(list(values)) if torch else np.stack(list(values))
-
-
-def _is_torch(value: Any) -> bool:
-    torch = _torch()
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _is_half(value: Any) -> bool:
-    """Whether a value is a torch tensor of bfloat16 or float16."""
-    return _is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
-
-
-def _values(value: Value) -> np.ndarray:
-    """A tensor's values as an array, in float32 where NumPy has no type for them."""
-    if _is_torch(value):
-        value = (value.float() if _is_half(value) else value).detach().resolve_conj().cpu().numpy()
-    return np.asarray(value)
-
-
-def _array(name: str, value: Any, expected: Mapping[str, Any], devices: Collection[str]) -> np.ndarray:
-    """Converts `value` to an array of the expected type. UserError: it is something else, or on another device."""
-    dtype, scalar = np.dtype(expected["dtype"]), len(expected["shape"]) == 1
-    if _is_torch(value):
-        if value.device.type not in devices:
-            raise UserError(f"input '{name}' is on {value.device}; this artifact takes it on the CPU: .cpu()")
-        stated = str(value.dtype).removeprefix("torch.")
-        if stated in ("bfloat16", "complex32") or stated.startswith("float8"):
-            raise UserError(f"input '{name}' is {stated}; this artifact takes {dtype}")
-        value = value.detach().cpu().numpy()
-    elif scalar and isinstance(value, int | float):
-        value = np.asarray(value)
-    elif not isinstance(value, np.ndarray | np.generic):
-        kind = type(value).__name__
-        raise UserError(f"input '{name}' is a {kind}; this artifact takes arrays or torch tensors of {dtype}")
-    array: np.ndarray = np.asanyarray(value)
-    if array.dtype == dtype:
-        return array
-    # One number a sample may come in any type that holds it exactly: schedulers differ in the type of
-    # timesteps.
-    if scalar and array.dtype.kind in "iuf":
-        with np.errstate(invalid="ignore", over="ignore"):
-            converted = array.astype(dtype)
-            if (converted == array).all():
-                return converted
-        raise UserError(f"input '{name}' holds a value that {dtype} cannot; this artifact takes {dtype}")
-    if array.dtype.kind in "iub" and dtype.kind == "f" and array.ndim <= 2:  # masks of tokens, as tokenizers make them
-        return array.astype(dtype)
-    raise UserError(f"input '{name}' is {array.dtype}; this artifact takes {dtype}")

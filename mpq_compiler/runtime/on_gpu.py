@@ -6,7 +6,6 @@ the CPU, and nothing waits for the GPU.
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mpq_compiler.artifact.manifest import Value as InputValue
+from mpq_compiler.runtime.values import is_torch, loaded_torch
 from mpq_compiler.support.errors import UserError
 
 _CUDA = 2  # kDLCUDA
@@ -76,7 +76,7 @@ class Stacked(OnGpu):
 
 def device_of(value: object) -> int | None:
     """The number of the GPU that a value is on; None where it is on none."""
-    if _is_torch(value):
+    if is_torch(value):
         return int(value.device.index or 0) if value.device.type == "cuda" else None  # type: ignore[attr-defined]
     if isinstance(value, np.ndarray | np.generic) or not hasattr(value, "__dlpack_device__"):
         return None
@@ -115,8 +115,8 @@ def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[ob
         UserError: it is of a type that the input has not.
     """
     wanted = np.dtype(expected["dtype"])
-    if _is_torch(value):
-        torch = sys.modules["torch"]
+    if is_torch(value):
+        torch = loaded_torch()
         own = getattr(torch, str(wanted))
         version = None if value.is_inference() else value._version
         origin = Origin((value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, version), value)
@@ -155,12 +155,7 @@ def standing_in(tensor: OnGpu) -> np.ndarray:
 
 def stream_of(device: int) -> tuple[int, bool]:
     """The stream of the calling thread, torch's or else the default one, and whether a graph captures it."""
-    torch = sys.modules.get("torch")
+    torch = loaded_torch()
     if torch is None or not torch.cuda.is_available():
         return 0, False
     return int(torch.cuda.current_stream(device).cuda_stream), bool(torch.cuda.is_current_stream_capturing())
-
-
-def _is_torch(value: object) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mpq_compiler.artifact import bundle
-from mpq_compiler.runtime import compiled_denoiser, tvm
+from mpq_compiler.runtime import calls, compiled_denoiser, tvm
 from mpq_compiler.support.errors import Notice, UserError
 from mpq_compiler.targets import table as targets
 
@@ -82,7 +82,7 @@ def test_the_last_part_is_filled_up(denoiser, batch):
 
 def test_schedule():
     def parts(batch: int, *sizes: int | None) -> list[tuple[int | None, int, int]]:
-        chosen = compiled_denoiser._schedule(batch, [{"batch": size} for size in sizes])
+        chosen = calls.parts_of(batch, [{"batch": size} for size in sizes])
         return [(function["batch"], begin, end) for function, begin, end in chosen]
 
     assert parts(5, 1, 2) == [(2, 0, 2), (2, 2, 4), (1, 4, 5)]
