@@ -12,7 +12,7 @@ import pytest
 
 from mpq_compiler import schemas
 from mpq_compiler.cli import mpqc
-from tests.harness import once, tiny
+from tests.harness import once, own_module, tiny
 
 JUDGES = """
 import torch
@@ -43,10 +43,7 @@ def artifact(model: Path) -> Path:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, where the module is."""
-    (tmp_path / "own_judges.py").write_text(JUDGES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "own_judges", raising=False)
+    own_module.write(tmp_path, "own_judges", JUDGES, monkeypatch)
     return tmp_path
 
 

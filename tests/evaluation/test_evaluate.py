@@ -18,6 +18,7 @@ from mpq_compiler.evaluation.painter import Painter
 from mpq_compiler.sampling.conditioning import LABELS, Conditioning
 from mpq_compiler.sampling.schedulers import Scheduler
 from mpq_compiler.support.errors import Notice, UserError
+from tests.harness import own_module
 
 NULL = 4
 EMBEDDED = np.random.default_rng(0).normal(size=(NULL + 1, 1, 12, 12)).astype(np.float32)
@@ -76,12 +77,8 @@ def painter(strength: float = 1.0, turned: float = 0.0, inputs: tuple[str, ...] 
 
 @pytest.fixture
 def judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The module `judges` in the current folder, as Python finds it when it is asked for by a function's name."""
-    (tmp_path / "judges.py").write_text(JUDGES)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "judges", raising=False)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    """The module `judges` in the current folder, once it is imported."""
+    own_module.write(tmp_path, "judges", JUDGES, monkeypatch)
     return lambda: sys.modules["judges"]
 
 
