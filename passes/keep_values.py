@@ -26,8 +26,8 @@ class KeepValues(Pass):
     then, of a step that puts the value out too and of one that takes it from earlier steps and computes what is left
     (`ir.reuse`). With the plan's bits images are drawn, by which the weights of kept values are fitted
     (`MarkedDrawing.fitted`), and what all of it loses is measured, beside the sum of the losses that chose it. With
-    ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858). Where nothing can be drawn values are
-    extrapolated, with a note.
+    ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858); a model without time, such as the text
+    encoder of a pipeline, keeps nothing. Where nothing can be drawn values are extrapolated, with a note.
 
         %up_blocks_1_resnets_0_add_1          = aten.add(%up_blocks_1_resnets_0_conv_shortcut, ...)
       =>
@@ -60,7 +60,10 @@ class KeepValues(Pass):
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
-        if self.every:
+        form = None if session.denoiser is None else session.denoiser.form
+        if self.every and form is not None and form.time is None:
+            program.note("keep-values: this model has no time, and no steps that could take anything from earlier ones")
+        elif self.every:
             program.facts[REUSE] = self._by_hand(program, session)
         if (chosen := program.facts.get(REUSE)) is None:
             return program

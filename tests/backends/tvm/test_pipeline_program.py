@@ -73,6 +73,27 @@ def test_arm_draws_the_bits_of_x86(tmp_path: Path) -> None:
     assert (tmp_path / "arm.png").read_bytes() == (tmp_path / "own.png").read_bytes()
 
 
+@pytest.mark.parametrize("share", ["", ",share=0.9"], ids=["outputs", "inner"])
+def test_steps_that_reuse_draw_the_bits_of_the_runtime(share: str, tmp_path: Path) -> None:
+    """What steps sum, or take from earlier ones, is among the instructions, under guidance for both conditions."""
+    said = {"steps": 4, "guidance": 3.0, "seed": 2}
+    kept = f"keep-values{{every=2,steps=4,images=2{share}}}"
+    folder, whole = compiled_pipeline.path(kept=kept), compiled_pipeline.path()
+    reuse = bundle.read_manifest(folder / "unet")["reuse"]
+    assert ("keeping" in reuse) == bool(share) and any(reuse["sources"])
+    tokens_file.write(folder, tmp_path / "own", PROMPT, "two ships", **said)
+    drawn(folder, tmp_path / "own", tmp_path / "own.png")
+    picture = np.asarray(Image.open(tmp_path / "own.png"))
+    np.testing.assert_array_equal(picture, expected(folder, 1, negative_prompt="two ships", **said))
+    assert not np.array_equal(picture, expected(whole, 1, negative_prompt="two ships", **said))
+    if not share or (platform.machine() != "aarch64" and qemu.missing()):
+        return  # sums alone have no functions of their own
+    arm = compiled_pipeline.path(target=ARM, kept=kept)
+    tokens_file.write(arm, tmp_path / "arm", PROMPT, "two ships", **said)
+    drawn(arm, tmp_path / "arm", tmp_path / "arm.png", emulated=True)
+    assert (tmp_path / "arm.png").read_bytes() == (tmp_path / "own.png").read_bytes()
+
+
 def test_what_it_refuses(tmp_path: Path) -> None:
     """A sentence and exit code 1; no picture is left."""
     folder, picture = compiled_pipeline.path(), tmp_path / "x.png"
