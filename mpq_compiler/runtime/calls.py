@@ -12,7 +12,7 @@ import numpy as np
 from mpq_compiler.artifact.manifest import Function
 from mpq_compiler.artifact.manifest import Value as InputValue
 from mpq_compiler.runtime.values import converted
-from mpq_compiler.sampling.call_tree import CallForm, NoSuchCall
+from mpq_compiler.sampling.call_tree import CallForm, NoSuchCall, Value
 from mpq_compiler.support.errors import UserError, nearest
 
 
@@ -39,7 +39,7 @@ class Kind:
         """The inputs of its functions by name."""
         return {value["name"]: value for value in self.functions[0]["inputs"]}
 
-    def fitted(self, inputs: Mapping[str, Any], devices: Collection[str]) -> Fitted:
+    def fitted(self, inputs: Mapping[str, Value], devices: Collection[str]) -> Fitted:
         """The inputs of a call as arrays, and the functions that take them.
 
         Args:
@@ -56,7 +56,7 @@ class Kind:
             known = self._known[shapes] = self._functions_for(arrays)
         return Fitted(arrays, *known)
 
-    def _arrays(self, inputs: Mapping[str, Any], devices: Collection[str]) -> dict[str, np.ndarray]:
+    def _arrays(self, inputs: Mapping[str, Value], devices: Collection[str]) -> dict[str, np.ndarray]:
         taken = self.inputs
         for name in inputs:
             if name not in taken:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 
+from mpq_compiler.artifact.manifest import Assumption
 from mpq_compiler.support.errors import UserError
 
 ASSUMED_TO = 0.02
@@ -47,7 +45,7 @@ def require_range(name: str, array: np.ndarray, below: int) -> None:
         raise UserError(f"input '{name}' is {array.flat[at]} in sample {sample}; it goes from 0 to {below - 1}")
 
 
-def require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:
+def require_token(assumed: Assumption, array: np.ndarray) -> None:
     """Raises a UserError where a sample's first token is not the constant that pass bos-split folded.
 
     Text encoders of another precision or on another machine give the same token within some thousandths, for which
@@ -63,7 +61,7 @@ def require_token(assumed: Mapping[str, Any], array: np.ndarray) -> None:
         )
 
 
-def require_room(out: Any, shape: tuple[int, ...]) -> None:
+def require_room(out: object, shape: tuple[int, ...]) -> None:
     """Raises a UserError where a result of this shape cannot be written to ``out``."""
     if not isinstance(out, np.ndarray) or (out.shape, out.dtype) != (shape, np.float32) or not out.flags.writeable:
         kind = f"{out.dtype}{list(out.shape)}" if isinstance(out, np.ndarray) else type(out).__name__

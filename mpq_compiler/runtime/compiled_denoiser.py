@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -45,6 +45,8 @@ from mpq_compiler.support.errors import Notice, UserError
 from mpq_compiler.support.execution import require_threads
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
+
+Steps = TypeVar("Steps")
 
 EXECUTORS = "mpq_compiler.executors"
 """The group of entry points that load an artifact of a backend: ``(artifact, threads) -> Executor``."""
@@ -534,7 +536,7 @@ class CompiledDenoiser:
         arguments = self._convention.inputs(named)
         return {n: v for n, v in arguments.items() if not (isinstance(v, Mapping) and not v)}
 
-    def run(self, inputs: Mapping[str, Any], out: np.ndarray | None = None, kind: int = 0) -> np.ndarray:
+    def run(self, inputs: Mapping[str, Value], out: np.ndarray | None = None, kind: int = 0) -> np.ndarray:
         """Runs the denoiser on arrays.
 
         A batch without a specialization of its own is run in parts, the largest first, and the last part is padded
@@ -626,21 +628,22 @@ class CompiledDenoiser:
         finally:
             self._drawing.steps = before
 
-    def _steps_of_block(self, where: str, make: Callable[[], Any]) -> Any:
+    def _steps_of_block(self, where: str, make: Callable[[], Steps]) -> Steps | None:
         """The steps of the sampler that draws in a block of `reusing`, made at its first call; None beyond a block."""
         steps = getattr(self._drawing, "steps", None)
         if steps is None:
             return None
         if where not in steps:
             steps[where] = make()
-        return steps[where]
+        found: Steps = steps[where]
+        return found
 
     @property
     def _output_shape(self) -> tuple[int, ...]:
         """The shape of the output of a sample."""
         return tuple(int(extent or 0) for extent in self._kinds[0].functions[0]["output"]["shape"][1:])
 
-    def _run_of(self, kind: Kind, inputs: Mapping[str, Any]) -> np.ndarray:
+    def _run_of(self, kind: Kind, inputs: Mapping[str, Value]) -> np.ndarray:
         """The output of the functions of a kind."""
         return self._run(kind.fitted(inputs, self._devices))
 

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from mpq_compiler.artifact.manifest import Value as InputValue
 from mpq_compiler.sampling.call_tree import Value
 from mpq_compiler.support.errors import UserError
 
 
-def loaded_torch() -> Any:
+def loaded_torch() -> Value:
     """The torch module if the process has loaded it; the runtime itself never does."""
     return sys.modules.get("torch")
 
 
-def is_torch(value: Any) -> bool:
+def is_torch(value: Value) -> bool:
     module = loaded_torch()
     return module is not None and isinstance(value, module.Tensor)
 
 
-def is_half(value: Any) -> bool:
+def is_half(value: Value) -> bool:
     """Whether a value is a torch tensor of bfloat16 or float16."""
     return is_torch(value) and str(value.dtype) in ("torch.bfloat16", "torch.float16")
 
@@ -46,7 +46,7 @@ def as_array(value: Value) -> np.ndarray:
     return np.asarray(value)
 
 
-def converted(name: str, value: Any, expected: Mapping[str, Any], devices: Collection[str]) -> np.ndarray:
+def converted(name: str, value: Value, expected: InputValue, devices: Collection[str]) -> np.ndarray:
     """Converts `value` to an array of the expected type. UserError: it is something else, or on another device."""
     dtype, scalar = np.dtype(expected["dtype"]), len(expected["shape"]) == 1
     if is_torch(value):

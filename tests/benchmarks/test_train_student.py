@@ -47,10 +47,10 @@ def test_a_student_learns_to_arrive_where_its_teacher_does(data: Data, tmp_path:
     teacher = script.teacher()
     trainer = script.Distiller(Settings(script.MODEL, batch=8, warmup=1, learning_rate=5e-4), data, teacher, 2, 2)
     losses = []
-    for _ in range(12):
+    for _ in range(8):
         trainer.step = 0  # the same images, noise and timesteps
         losses.append(float(trainer.advance()))
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.8 * losses[0]
     assert all(torch.equal(a, b) for a, b in zip(trainer.teacher.parameters(), teacher.parameters(), strict=True))
 
 
