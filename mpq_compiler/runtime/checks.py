@@ -32,11 +32,13 @@ def extremes(name: str, array: np.ndarray) -> tuple[float, float]:
 
 
 def is_mask(name: str) -> bool:
+    """Whether an input is a mask, by its name."""
     # The least value of a mask stands for minus infinity.
     return "mask" in name
 
 
 def require_range(name: str, array: np.ndarray, below: int) -> None:
+    """Raises a UserError where the input `name` has whole numbers beyond 0 to ``below`` - 1."""
     # A table that is read beyond its end gives something, and nothing shows in what comes out.
     bad = (array < 0) | (array >= below)
     if bad.any():

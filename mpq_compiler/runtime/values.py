@@ -18,6 +18,7 @@ def loaded_torch() -> Value:
 
 
 def is_torch(value: Value) -> bool:
+    """Whether a value is a torch tensor."""
     module = loaded_torch()
     return module is not None and isinstance(value, module.Tensor)
 
