@@ -122,8 +122,8 @@ def main() -> None:
     cells += [(name, bits) for bits in TRUE_BITS for name in OBJECTIVES]
     with interpreter.single_threaded():
         bench = Bench(options.images, model, steps)
-        about = {"model": Path(model).name if steps is None else f"{MODEL} in {steps} steps", "images": options.images}
-        rows = plans.written((bench.row(*cell) for cell in cells), path, **about)
+        about = MODEL if steps is None else f"{MODEL} in {steps} steps"
+        rows = plans.written((bench.row(*cell) for cell in cells), path, model=about, images=options.images)
     if options.docs:
         for mark, table in tables(rows, steps).items():
             documents.insert(options.docs, f"mixdq {mark}", table)

@@ -26,9 +26,10 @@ class Parser(argparse.ArgumentParser):
             if not any(known.startswith(option) for known in self._option_string_actions):
                 names = [known[2:] for known in self._option_string_actions if known.startswith("--")]
                 hint = nearest(option.lstrip("-"), names).replace("'", "'--", 1)  # dashes make all of them alike
-                if self._subparsers is not None and not hint.startswith("did"):
-                    hint = "did you mean it for a command? Its options stand behind it"
-                self.error(f"there is no option '{option}'" + (f": {hint}" if hint.startswith("did") else ""))
+                if not hint.startswith("did"):
+                    of_a_command = "did you mean it for a command? Its options stand behind it"
+                    hint = of_a_command if self._subparsers is not None else ""
+                self.error(f"there is no option '{option}'" + (hint and f": {hint}"))
         found, rest = super().parse_known_args(args, namespace)
         if rest:
             self.error(f"'{rest[0]}' is too much: no argument is left that takes it")

@@ -414,10 +414,9 @@ class CompiledDenoiser:
         """The output for tensors on the GPU; within a block of `reusing` as a step of its sampler."""
         machine = self.executor
         assert isinstance(machine, CudaMachine)
-        _, capturing = on_gpu.stream_of(machine.device)
         make = partial(self._steps_there, machine, as_torch)
-        steps = None if capturing else self._steps_of_block("as torch" if as_torch else "there", make)
-        if steps is None:
+        steps = self._steps_of_block("as torch" if as_torch else "there", make)
+        if steps is None or on_gpu.stream_of(machine.device)[1]:  # what is captured is computed whole
             (found,) = self._run_there(tensors, fitted, machine, as_torch, [self._output_shape])
             return found
         inputs = {**fitted.arrays, **tensors}

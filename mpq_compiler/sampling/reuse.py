@@ -192,6 +192,17 @@ class _Stream:
     """The kept value of each step, [B, ...]; the last `SLOTS`."""
 
 
+def conditions_key(inputs: Mapping[str, Array], latent: str) -> bytes:
+    """A digest of the inputs of a call that stay the same from step to step."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(inputs.keys() - {latent, "timestep"}):
+        digest.update(name.encode())
+        value = inputs[name]
+        place = getattr(value, "index", None)  # where a recorded array lies, whose values are not known yet
+        digest.update(np.ascontiguousarray(value if place is None else place).tobytes())
+    return digest.digest()
+
+
 class KeptSteps:
     """A denoiser as one sampler calls it, step after step, with the values that its steps keep.
 
@@ -205,7 +216,7 @@ class KeptSteps:
         schedule: Schedule,
         functions: Functions,
         latent: str,
-        key: Callable[[Inputs, str], Hashable] | None = None,
+        key: Callable[[Inputs, str], Hashable] = conditions_key,
     ) -> None:
         """Begins with nothing kept.
 
@@ -213,10 +224,10 @@ class KeptSteps:
             schedule: what each step computes.
             functions: the denoiser's.
             latent: the name of the input that changes with every step.
-            key: tells calls by their conditions, from the inputs and the name of the latents; `conditions_key` does.
+            key: tells calls by their conditions, from the inputs and the name of the latents.
         """
         self.schedule, self.functions = schedule, functions
-        self._latent, self._key = latent, key or conditions_key
+        self._latent, self._key = latent, key
         self._steps = {time: step for step, time in enumerate(schedule.timesteps)}
         self._streams: dict[Hashable, _Stream] = {}
         self.reused = 0
@@ -276,14 +287,3 @@ class KeptSteps:
         if not self._warned:
             self._warned = True
             warnings.warn(sentence, Notice, stacklevel=5)
-
-
-def conditions_key(inputs: Mapping[str, Array], latent: str) -> bytes:
-    """A digest of the inputs of a call that stay the same from step to step."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(inputs.keys() - {latent, "timestep"}):
-        digest.update(name.encode())
-        value = inputs[name]
-        place = getattr(value, "index", None)  # where a recorded array lies, whose values are not known yet
-        digest.update(np.ascontiguousarray(value if place is None else place).tobytes())
-    return digest.digest()

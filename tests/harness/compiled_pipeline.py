@@ -32,4 +32,4 @@ def path(name: str = "stable-diffusion", target: str = "native", kept: str = "")
             emit="c",
         )
 
-    return once.made(f"{name}-{target}{len(kept) or ''}.pipeline.mpq", make)
+    return once.made(f"{name}-{target}{kept}.pipeline.mpq", make)
