@@ -15,6 +15,7 @@ import numpy as np
 
 from mpq_compiler.artifact.manifest import Value as InputValue
 from mpq_compiler.runtime.values import is_torch, loaded_torch
+from mpq_compiler.sampling.call_tree import Value
 from mpq_compiler.support.errors import UserError
 
 _CUDA = 2  # kDLCUDA
@@ -30,6 +31,14 @@ class Origin:
     identity: tuple[object, ...]
     held: object = field(compare=False)
     """The tensor: while it is there, no other one has its memory."""
+
+    @classmethod
+    def of(cls, given: Value) -> Origin:
+        """The origin of a tensor of torch's or of the runtime."""
+        identity: tuple[object, ...] = (given.data_ptr(), tuple(given.shape))
+        if is_torch(given):
+            identity += (given.stride(), given.dtype, None if given.is_inference() else given._version)
+        return cls(identity, given)
 
 
 class OnGpu(ABC):
@@ -52,7 +61,8 @@ class There(OnGpu):
     dtype: np.dtype
     owner: object
     """What keeps the memory: no longer than until the copies from it are asked for, which is the stream's order."""
-    origin: Origin
+    given: object
+    """The caller's tensor, as it was before it was converted."""
 
     def rows(self, begin: int, end: int, count: int, batch: int) -> list[tuple[int, int]]:
         size = self.dtype.itemsize * int(np.prod(self.shape[1:], dtype=np.int64))
@@ -118,8 +128,7 @@ def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[ob
     if is_torch(value):
         torch = loaded_torch()
         own = getattr(torch, str(wanted))
-        version = None if value.is_inference() else value._version
-        origin = Origin((value.data_ptr(), tuple(value.shape), value.stride(), value.dtype, version), value)
+        given = value
         if value.dtype != own:
             if wanted.kind == "f" and not (value.dtype.is_floating_point or value.ndim <= 2):
                 raise UserError(f"input '{name}' is {value.dtype}; this artifact takes {wanted}")
@@ -127,7 +136,7 @@ def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[ob
                 raise UserError(f"input '{name}' is {value.dtype}; this artifact takes {wanted}")
             value = value.to(own)
         value = value.detach().contiguous()
-        return There(value.data_ptr(), tuple(value.shape), wanted, value, origin)
+        return There(value.data_ptr(), tuple(value.shape), wanted, value, given)
     tensor = from_dlpack(value)
     if str(tensor.dtype) != str(wanted):
         raise UserError(f"input '{name}' is {tensor.dtype}; this artifact takes {wanted}")
@@ -136,13 +145,13 @@ def taken(name: str, value: Any, expected: InputValue, from_dlpack: Callable[[ob
         if extent != 1 and stride != expected_stride:
             raise UserError(f"input '{name}' has strides {tuple(tensor.strides)}; give a contiguous tensor")
         expected_stride *= extent
-    return There(tensor.data_ptr(), shape, wanted, tensor, Origin((tensor.data_ptr(), shape), tensor))
+    return There(tensor.data_ptr(), shape, wanted, tensor, tensor)
 
 
 def conditions_key(inputs: Mapping[str, object], latent: str) -> Hashable:
     """Tells which tensors and values the inputs of a call are that stay the same from step to step."""
     return tuple(
-        (name, value.origin if isinstance(value, There) else np.asarray(value).tobytes())
+        (name, Origin.of(value.given) if isinstance(value, There) else np.asarray(value).tobytes())
         for name, value in sorted(inputs.items())
         if name not in (latent, "timestep")
     )

@@ -252,9 +252,7 @@ assert beyond.tobytes() == next(drawn(inputs, by_arrays, [2])).tobytes() != foun
 
 def test_kept_values_are_read_where_they_lie():
     """Sample by sample the values of all kept ones, and the last sample again where a function takes more."""
-    parts = [
-        on_gpu.There(address, (3, 5), np.dtype(np.float32), None, on_gpu.Origin((), None)) for address in (1000, 2000)
-    ]
+    parts = [on_gpu.There(address, (3, 5), np.dtype(np.float32), None, None) for address in (1000, 2000)]
     stacked = on_gpu.Stacked(parts)
     assert stacked.shape == (3, 2, 5) == on_gpu.standing_in(stacked).shape
     assert stacked.rows(1, 3, 4, 3) == [(1020, 20), (2020, 20)] + 3 * [(1040, 20), (2040, 20)]
