@@ -24,16 +24,22 @@ from scipy.optimize import nnls
 from benchmarks.gpu_kit import __main__ as kit
 from benchmarks.gpu_kit import cases
 from benchmarks.gpu_kit.cases import Layer
-from mpq_compiler.backends.tvm.kernels.cuda import wgmma
+from mpq_compiler.backends.tvm.kernels.cuda import weight_only, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, model, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, Fragments
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import WeightOnly
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.targets import nvidia
 
 RESULTS = Path(__file__).parent / "results" / "gpu-h200" / "tiles.json"
-SIZES = (*((rows, 128) for rows in (64, 80, 96, 112, 128, 144, 160, 192)), *((r, 64) for r in (64, 96, 128, 160, 192)))
+SIZES = (
+    *((rows, 64) for rows in (64, 96, 128, 160, 192)),
+    *((rows, 128) for rows in (64, 96, 128, 160, 192)),
+    *((rows, 256) for rows in (96, 128, 160, 176)),
+    *((rows, 320) for rows in (64, 80, 96)),
+)
 """Rows and columns."""
 LAYERS = (
     Layer("sdxl", 4096, 1, 640, 640),
@@ -51,15 +57,18 @@ LAYERS = (
 FACTORS = ("LAUNCH", "ROUND", "OUTPUT", "COPIED", "EACH", "SPLIT")
 
 
-def variants(layer: Layer) -> cases.Products:
-    """The layer at W8A8 in each tile that its outputs divide into."""
+def variants(layer: Layer, codes: bool = False) -> cases.Products:
+    """The layer at W8A8, or at W4A16, in each tile that its outputs divide into."""
     outputs = Fragments(layer.problem(8)).outputs
-    return {name(*size): (8, functools.partial(_built, _tile(*size))) for size in SIZES if outputs % size[1] == 0}
+    fitting = [size for size in SIZES if outputs % size[1] == 0]
+    if codes:
+        return {name(*size, codes): (None, functools.partial(_built_of_codes, _tile(*size))) for size in fitting}
+    return {name(*size): (8, functools.partial(_built, _tile(*size))) for size in fitting}
 
 
-def name(rows: int, columns: int) -> str:
+def name(rows: int, columns: int, codes: bool = False) -> str:
     """The name of a tile among the results."""
-    return f"r{rows}c{columns}"
+    return f"{'codes_' if codes else ''}r{rows}c{columns}"
 
 
 def _tile(rows: int, columns: int) -> Tile:
@@ -71,6 +80,10 @@ def _built(tile: Tile, problem: QuantMatmul, function: str) -> object:
         wgmma.Kernel(problem, tile, buffers, tiles.most_splits(problem)).emit(_)
 
     return primfunc(function, kernel.parameters(problem), body)
+
+
+def _built_of_codes(tile: Tile, problem: WeightOnly, function: str) -> object:
+    return weight_only.built(problem, function, lambda own: tile, weight_only.OnHopper)
 
 
 def build(folder: Path) -> None:

@@ -40,8 +40,8 @@ from tests.harness.fast_attention import meaning, ready
 from tests.harness.shapes import Case as Product
 from tests.harness.shapes import concrete, make_case, quantize, reference
 
-BITS = {"W8A8": 8, "W4A8": 4, "W3A8": 3, "W2A8": 2}
-WEIGHT_ONLY = "W4A16"
+BITS: Mapping[str, int | None] = {"W8A8": 8, "W4A8": 4, "W3A8": 3, "W2A8": 2, "W4A16": None}
+"""Of weights of products of integers; None of the product in bfloat16, whose weights are codes of 4 bits."""
 ATTENTION, NORM = "attention bf16", "norm, codes"
 REQUANTIZED = Epilogue((Step("quantize", value=8),))
 LINES = 12
@@ -200,16 +200,17 @@ CASES: Sequence[Case] = (
 # --- libraries ----------------------------------------------------------------------------------------------
 
 
-Products = Mapping[str, tuple[int, Callable[[QuantMatmul, str], Any]]]
-"""Bits of weights, and what builds the kernel, by name."""
+Products = Mapping[str, tuple[int | None, Callable[[Any, str], Any]]]
+"""Bits as in `BITS`, and what builds the kernel, by name."""
 
 
 def products(level: int) -> Products:
     """Bits and builders of the quantized products by name; on Hopper `mma.sync` stands beside `wgmma`."""
+    plain = {name: (bits, gemm.build if bits else cuda_weight_only.build) for name, bits in BITS.items()}
     if level != nvidia.HOPPER:
-        return {name: (bits, gemm.build) for name, bits in BITS.items()}
-    both = {f"{name}_mma": (BITS[name], gemm.build) for name in ("W8A8", "W4A8")}
-    return {name: (bits, wgmma.build) for name, bits in BITS.items()} | both
+        return plain
+    both = {f"{name}_mma": plain[name] for name in ("W8A8", "W4A8", "W4A16")}
+    return {name: (b, wgmma.build if b else cuda_weight_only.build_on_hopper) for name, b in BITS.items()} | both
 
 
 def functions(case: Case, level: int, others: Products | None = None) -> dict[str, Any]:
@@ -226,14 +227,19 @@ def functions(case: Case, level: int, others: Products | None = None) -> dict[st
             "attention": _attention_of(level)(case.problem, "attention"),
         }
     found = {}
-    for name, (bits, build) in (others or products(level)).items():
-        found[name] = build(case.problem(bits), name)
-        found[f"{name}_prepare"] = weights.build(case.problem(bits), f"{name}_prepare")
-    if case.gated or others:
-        return found
-    found[WEIGHT_ONLY] = cuda_weight_only.build(case.weight_only(), WEIGHT_ONLY)
-    found[f"{WEIGHT_ONLY}_prepare"] = cuda_weight_only.build_pack(case.weight_only(), f"{WEIGHT_ONLY}_prepare")
+    for name, (bits, build) in _of_case(case, others or products(level)).items():
+        prepare, problem = (weights.build, case.problem(bits)) if bits else _of_codes(case)
+        found |= {name: build(problem, name), f"{name}_prepare": prepare(problem, f"{name}_prepare")}
     return found
+
+
+def _of_case(case: Layer, asked: Products) -> Products:
+    """Those that a layer has: floats have no gate."""
+    return {name: own for name, own in asked.items() if own[0] or not case.gated}
+
+
+def _of_codes(case: Layer) -> tuple[Callable[[Any, str], Any], WeightOnly]:
+    return cuda_weight_only.build_pack, case.weight_only()
 
 
 def _attention_of(level: int) -> Callable[[FastAttention, str], Any]:
@@ -277,13 +283,11 @@ def described(
     elif isinstance(case, Norm):
         made[NORM] = _norm(case, batch)
     else:
-        problems_: dict[int, Contestant] = {}
-        for name, (bits, _) in (others or products(level)).items():
+        problems_: dict[int | None, Contestant] = {}
+        for name, (bits, _) in _of_case(case, others or products(level)).items():
             if bits not in problems_:
-                problems_[bits] = _product(case.problem(bits), batch)
+                problems_[bits] = _product(case.problem(bits), batch) if bits else _weight_only(case, batch)
             made[name] = _named(problems_[bits], name)
-        if not case.gated and not others:
-            made[WEIGHT_ONLY] = _weight_only(case, batch)
     stored = {f"{name}.{key}": array for name, own in made.items() for key, array in own.stored.items()}
     ours = {name: _placed(own.description, name) for name, own in made.items()}
     return {**found, "macs": case.macs(batch), "ours": ours}, stored
@@ -376,7 +380,8 @@ def _weight_only(layer: Layer, batch: int) -> Contestant:
     problem, seed = layer.weight_only(), 0
     given, panel = cuda_weight_only.pack_arguments(problem)
     *taken, y = cuda_weight_only.arguments(problem)
-    arrays: dict[str, Any] = {"weight": _empty(panel, 1), y.name: _empty(y, batch)}
+    spaces = cuda_weight_only.workspaces(problem)
+    arrays: dict[str, Any] = {"weight": _empty(panel, 1)} | {a.name: _empty(a, batch) for a in (y, *spaces)}
     for a in (given, *(a for a in taken if a.name != "weight")):
         shape, seed = concrete(a.shape, batch), seed + 1
         deviation = {"x": 1.0, "bias": 1.0, "scale": 0.02}
@@ -401,9 +406,9 @@ def _weight_only(layer: Layer, batch: int) -> Contestant:
         ]
     description = {
         "arrays": arrays,
-        "prepare": [[f"{WEIGHT_ONLY}_prepare", [given.name, "weight"]]],
+        "prepare": [["{}_prepare", [given.name, "weight"]]],
         "prepared": ["weight"],
-        "kernels": [[WEIGHT_ONLY, [a.name for a in (*taken, y)]]],
+        "kernels": [["{}", [a.name for a in (*taken, y, *spaces)]]],
         "result": y.name,
         "as": [batch, layer.height, layer.width * layer.outputs],
     }

@@ -28,10 +28,12 @@ from mpq_compiler.targets.table import TARGETS
 from tests.harness import families
 
 PIPELINE = (
-    "trace,layout,calibrate{{samples=8,steps=4}},time-groups,bit-allocation{{uniform={}}},numerics{{mode=fast}},"
+    "trace,layout,calibrate{{samples=8,steps=4}},time-groups,bit-allocation{{uniform={}}},{}numerics{{mode=fast}},"
     "insert-fake-quant,residual-branch,round-weights,fold-fake-quant,fuse-epilogues"
 )
-OURS = {"W8A8": "int8", "W4A8": "int4"}
+OURS = {"W8A8": "int8", "W4A8": "int4", "W4A16": "int4,activations=16"}
+REUSING = {"W8A8": "keep-values{every=2,steps=10},"}
+"""Behind `bit-allocation` of the bundled models: calls by themselves are as without."""
 ROWS = 16
 """To calibrate on where there is no text encoder; every fourth is kept to judge by."""
 
@@ -108,7 +110,8 @@ def compiled(source: str, name: str, folder: Path, target: str, jobs: int) -> Pa
     if path.exists():
         return path
     model = denoiser.load(source)
-    chosen: dict[str, Any] = {"pipeline": PIPELINE.format(OURS[name]), "jobs": jobs, "target": target}
+    keeping = REUSING.get(name, "") if model.conditioning.possible else ""
+    chosen: dict[str, Any] = {"pipeline": PIPELINE.format(OURS[name], keeping), "jobs": jobs, "target": target}
     if not model.conditioning.possible:
         channels, height, width = model.latent_shape
         sizes = [(1, channels, height // 4, width // 4), *((batch, channels, height, width) for batch in (1, 2))]

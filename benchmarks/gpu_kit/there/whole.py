@@ -52,7 +52,8 @@ def measured(
     """Times of calls: ours on the device, ours from and to the host, and torch's; and of our kernels, each."""
     from mpq_compiler.runtime import compiled_denoiser
 
-    found: dict[str, Any] = {"failed": {}, "sqnr_db": {}, "gpu_bytes": {}, "kernels": {}, "stays": {}, "captured": {}}
+    parts = ("failed", "sqnr_db", "gpu_bytes", "kernels", "stays", "reused", "captured")
+    found: dict[str, Any] = {part: {} for part in parts}
     with np.load(machine.HERE / "models" / model["arrays"]) as arrays:
         inputs = {name.removeprefix("input."): arrays[name] for name in arrays.files if name.startswith("input.")}
         expected = {name.removeprefix("expected."): arrays[name] for name in arrays.files if "expected." in name}
@@ -86,6 +87,8 @@ def measured(
         attempt(name, lambda call=call: call)  # type: ignore[misc]
         found["kernels"][name] = kernels(torch, call)
         found["stays"][name] = stays(torch, denoiser, inputs, result)
+        if denoiser.manifest.get("reuse"):
+            found["reused"][name] = reused(torch, device, denoiser, inputs)
         denoisers[name] = denoiser
     if torch is not None and model["peer"]:
         from . import peers
@@ -140,6 +143,41 @@ def _in_graphs(torch: Any, denoiser: Any, inputs: Mapping[str, np.ndarray], expe
         return machine.reason(error)
     finally:
         torch.compiler.reset()  # its graphs hold memory
+
+
+def reused(torch: Any, device: machine.Device, denoiser: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Whether steps that reuse what stays on the GPU have the bits of those by way of the CPU.
+
+    And microseconds of a step: where all is computed, and where some steps reuse.
+    """
+    latent, draw = denoiser.input_names[0], np.random.default_rng(0)
+    steps = [
+        {**inputs, latent: draw.standard_normal(inputs[latent].shape, np.float32),
+         "timestep": np.full_like(inputs["timestep"], timestep)}
+        for timestep in denoiser.manifest["reuse"]["timesteps"]
+    ]  # fmt: skip
+    stays = {name: torch.from_numpy(array).cuda() for name, array in inputs.items()}
+    changing = [{name: torch.from_numpy(step[name]).cuda() for name in (latent, "timestep")} for step in steps]
+
+    def drawn() -> list[Any]:
+        return [denoiser(**{**stays, **step}, return_dict=False)[0] for step in changing]
+
+    def reusing() -> list[Any]:
+        with denoiser.reusing():
+            return drawn()
+
+    try:
+        whole, found = drawn(), reusing()
+        call = denoiser.steps()
+        same = all(bool(np.array_equal(call(**step), own.cpu().numpy())) for step, own in zip(steps, found, strict=True))
+        less = sum(not torch.equal(a, b) for a, b in zip(whole, found, strict=True))
+        us = {
+            name: 1e6 / len(steps) * min(device.wall(function, 5) for _ in range(3))
+            for name, function in (("us of a step", drawn), ("us with reuse", reusing))
+        }
+        return {"the same bits": same, "steps that reuse": f"{less} of {len(steps)}", **us}
+    except Exception as error:
+        return {"failed": machine.reason(error)}
 
 
 def captured(torch: Any, device: machine.Device, denoiser: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, Any]:

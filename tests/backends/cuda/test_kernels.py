@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +18,7 @@ import tvm
 
 from mpq_compiler.backends.tvm.kernels.cpu import templates as cpu
 from mpq_compiler.backends.tvm.kernels.cpu.isa import isa
+from mpq_compiler.backends.tvm.kernels.cuda import float_products, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
@@ -24,9 +27,10 @@ from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTabl
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.ir import ops
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.targets import nvidia
 from mpq_compiler.targets.numerics import BF16
 from mpq_compiler.targets.table import TARGETS
-from tests.harness.cuda import kernels
+from tests.harness.cuda import kernels, silicon
 from tests.harness.cuda.cases import ADDED, BATCH, CASES, CODES, Case, check, inputs, value, workspaces
 from tests.harness.cuda.kernels import Library, empty
 from tests.harness.float_kernels import error, quantized
@@ -71,6 +75,7 @@ BFLOAT16 = [
         Linear(1, 50, 7, bias=False),
         Linear(130, 100, 120, epilogue=CODES),  # the largest tile
         Linear(200, 64, 40),
+        Linear(3, 1600, 70, epilogue=ADDED),  # shared by two blocks
         Conv2d(9, 8, 12, 20, stride=(2, 1), epilogue=ADDED),
         Conv2d(12, 11, 20, 128, epilogue=CODES),
         Conv2d(7, 9, 3, 66, (5, 2), padding=(2, 1, 0, 1), bias=False),
@@ -95,31 +100,53 @@ def _meaning(problem: Linear | Conv2d, given: dict[str, np.ndarray]) -> np.ndarr
     return quantized(F.silu(y).numpy(), given["qscale"], given["qzero"], given["group"], 8)
 
 
-@pytest.fixture(scope="module")
-def rounded() -> list[tuple[np.ndarray, np.ndarray]]:
+INSTRUCTIONS = {"mma": False, "wgmma": True}
+"""Whether a kernel is Hopper's."""
+
+
+def _built(template: str, problem: Any, name: str, on_hopper: bool) -> Any:
+    """A kernel of a template, in its form for Hopper where it has one and that is asked for."""
+    own = cuda.TEMPLATES[template]
+    if on_hopper and silicon.asked() and silicon.level() != nvidia.HOPPER:
+        pytest.skip("the GPU is none of those that have wgmma")
+    return (own.hopper(problem, name) if on_hopper else None) or own.build(problem, name)
+
+
+@pytest.fixture(scope="module", params=INSTRUCTIONS)
+def rounded(request) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each problem in bfloat16 its meaning, and what the kernels compute from weights that the GPU has packed."""
     kernels.needs()
-    pack, product = cuda.TEMPLATES["pack"], cuda.TEMPLATES["float_gemm"]
-    problems = dict(enumerate(BFLOAT16))
-    functions = {f"pack{i}": pack.build(p, f"pack{i}") for i, p in problems.items()}
-    functions |= {f"product{i}": product.build(p, f"product{i}") for i, p in problems.items()}
+    on_hopper, problems = INSTRUCTIONS[request.param], dict(enumerate(BFLOAT16))
+    functions = {f"pack{i}": _built("pack", p, f"pack{i}", False) for i, p in problems.items()}
+    functions |= {f"product{i}": _built("float_gemm", p, f"product{i}", on_hopper) for i, p in problems.items()}
     library, draw, givens, calls = Library(functions), np.random.default_rng(0), [], []
     for i, p in problems.items():
-        weight, panel = pack.arguments(p)
+        weight, panel = _arguments("pack", p)
         drawn = [replace(weight, name="weight"), *(a for a in float_gemm.arguments(p)[:-1] if a.name != "weight")]
         case = Case("pack", p)
         givens.append({a.name: value(draw, case, a.name, empty(a, BATCH)) for a in drawn})
         calls.append((f"pack{i}", [givens[i]["weight"], empty(panel, 1)]))
     packed = [panel for _, panel in library.run(calls)]
-    calls = []
-    for i, p in problems.items():
-        *arguments, y = product.arguments(p)
-        found = givens[i] | {"weight": packed[i]}
-        calls.append((f"product{i}", [*(found[a.name] for a in arguments), empty(y, BATCH)]))
-    late, early = ([arrays[-1] for arrays in library.run(calls, early)] for early in (False, True))
+    calls = [(f"product{i}", _given("float_gemm", p, givens[i] | {"weight": packed[i]})) for i, p in problems.items()]
+    late, early = (
+        [_result("float_gemm", p, arrays) for p, arrays in zip(BFLOAT16, library.run(calls, early), strict=True)]
+        for early in (False, True)
+    )
     for one, other in zip(late, early, strict=True):
         np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
     return [(_meaning(p, given), y) for p, given, y in zip(BFLOAT16, givens, late, strict=True)]
+
+
+def _given(template: str, problem: Any, data: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """What a kernel is called with: its inputs, its output and its workspaces."""
+    *inputs, y = _arguments(template, problem)
+    made = (y, *cuda.TEMPLATES[template].workspaces(problem))
+    return [*(data[a.name] for a in inputs), *(empty(a, BATCH) for a in made)]
+
+
+def _result(template: str, problem: Any, arrays: list[np.ndarray]) -> np.ndarray:
+    """What a kernel that was called with `_given` has written."""
+    return arrays[len(_arguments(template, problem)) - 1]
 
 
 @pytest.mark.parametrize("number", range(len(BFLOAT16)))
@@ -131,6 +158,17 @@ def test_bfloat16_against_its_meaning(rounded, number):
         assert off.max() <= 1 and off.mean() < 0.01
     else:
         assert error(found, expected) <= 2e-6
+
+
+def test_machine_code_of_hopper(tmp_path):
+    """Products are of four warps together, in registers alone, whether weights are floats or decoded."""
+    product = Linear(256, 640, 640, packed=True, numerics=BF16)
+    problems = {"float_gemm": product, "weight_only": _weight_only(product, 4)}
+    functions = {template: _built(template, problem, template, True) for template, problem in problems.items()}
+    _, listed = kernels.disassembled(functions, TARGETS["cuda-sm90"], tmp_path)
+    assert " HMMA." not in listed
+    rows = wgmma.tile(float_products.in_bytes(product)).rows
+    assert Counter(re.findall(r"HGMMA\.[\w.]+", listed)) == {f"HGMMA.64x{rows}x16.F32.BF16": 4}
 
 
 def _weight_only(product: Linear | Conv2d, bits: int, groups: int = 1, **options: Any) -> WeightOnly:
@@ -152,16 +190,18 @@ WEIGHT_ONLY = [
     _weight_only(Conv2d(9, 8, 12, 20, stride=(2, 1)), 2, classes=2),
     _weight_only(Conv2d(7, 9, 40, 66, (3, 2), padding=(2, 1, 0, 1)), 3, groups=2, offset="float32"),
     _weight_only(Conv2d(12, 11, 20, 128, epilogue=CODES), 2, offset="float16"),
+    _weight_only(Linear(3, 1600, 70), 4, groups=5),
 ]
 
 
-def test_no_bit_depends_on_where_a_weight_is_decoded():
+@pytest.mark.parametrize("on_hopper", INSTRUCTIONS.values(), ids=INSTRUCTIONS)
+def test_no_bit_depends_on_where_a_weight_is_decoded(on_hopper):
     kernels.needs()
     functions, draw, first, datas = {}, np.random.default_rng(0), [], []
     for i, problem in enumerate(WEIGHT_ONLY):
         templates_ = {"dequantize": problem.table, "pack": problem.product, "float_gemm": problem.product}
         templates_ |= {"pack_codes": problem, "weight_only": problem}
-        functions |= {f"{t}{i}": cuda.TEMPLATES[t].build(p, f"{t}{i}") for t, p in templates_.items()}
+        functions |= {f"{t}{i}": _built(t, p, f"{t}{i}", on_hopper) for t, p in templates_.items()}
         names = {a.name: a for a in (*_arguments("weight_only", problem), *_arguments("dequantize", problem.table))}
         case = Case("weight_only", problem)
         data = {name: value(draw, case, name, empty(a, BATCH)) for name, a in names.items() if name != "weight"}
@@ -180,15 +220,15 @@ def test_no_bit_depends_on_where_a_weight_is_decoded():
     for i, problem in enumerate(WEIGHT_ONLY):
         weight, panel = _arguments("pack", problem.product)
         packs.append((f"pack{i}", [made[2 * i].reshape(weight.shape), empty(panel, 1)]))
-    panels, calls = [arrays[-1] for arrays in library.run(packs)], []
+    panels, calls, subjects = [arrays[-1] for arrays in library.run(packs)], [], []
     for i, (problem, data) in enumerate(zip(WEIGHT_ONLY, datas, strict=True)):
         for template, subject, weight in (
             ("float_gemm", problem.product, panels[i]),
             ("weight_only", problem, made[2 * i + 1]),
         ):
-            *inputs, y = _arguments(template, subject)
-            calls.append((f"{template}{i}", [*((data | {"weight": weight})[a.name] for a in inputs), empty(y, BATCH)]))
-    results = [arrays[-1] for arrays in library.run(calls)]
+            calls.append((f"{template}{i}", _given(template, subject, data | {"weight": weight})))
+            subjects.append((template, subject))
+    results = [_result(*subject, arrays) for subject, arrays in zip(subjects, library.run(calls), strict=True)]
     for expected, found, problem in zip(results[::2], results[1::2], WEIGHT_ONLY, strict=True):
         assert np.isfinite(expected).all()
         np.testing.assert_array_equal(found.view(np.uint8), expected.view(np.uint8), str(problem))

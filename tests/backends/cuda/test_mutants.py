@@ -192,39 +192,43 @@ PRODUCTS: Mutants = {
     "without stride": ("i * p.stride[0] + dy", "i + dy"),
 }
 FLOAT_PRODUCTS: Mutants = {
-    "no barrier before a step": ("            barrier()\n", ""),
-    "does not wait for weights": ("wait_group(0)", "wait_group(1)"),
-    "weights into the stage that is read": ("self._load_weights(ahead, other)", "self._load_weights(ahead, stage)"),
-    "activations into the stage that is read": ("self._put(ahead, other)", "self._put(ahead, stage)"),
-    "no activations of the last step": (
-        "with T.If(ahead < w.steps), T.Then():\n                self._put",
-        "with T.If(ahead + 1 < w.steps), T.Then():\n                self._put",
-    ),
-    "no border": ("self._is_inside(i, tap) > 0", "self._is_inside(i, tap) >= 0"),
-    "the border of the first tap": ("self._is_inside(i, tap)", "self._is_inside(i, tap * 0)"),
-    "another tap": ("(dy * p.width + dx) * (depth", "(dx * p.width + dy) * (depth"),
-    "the first half of a chunk": ("span((at + first // together) * together,", "span(at * together,"),
-    "the first channels": ("+ channel // together)", "+ 0)"),
-    "pairs turned": ("+ e] for e in range(2))), k)", "+ e] for e in (1, 0))), k)"),
-    "the floats of the first row": ("self.floats[i * VALUES + BYTES * k + e]", "self.floats[BYTES * k + e]"),
-    "words of another row": ("self._target(self._copied_row(i), stage)", "self._target(self._copied_row(0), stage)"),
+    "pairs turned": ("values[e : e + BYTES]", "reversed(values[e : e + BYTES])"),
+    "the first values": ("values_of(x, i * together + first, read)", "values_of(x, i * together, read)"),
+    "values of the neighbour": ("pairs, i * (together // BYTES))", "pairs, i // 2 * (together // BYTES))"),
+    "the last values are not rounded": ("each(batch * (size // together))", "each(batch * (size // together) - 1)"),
+    "the first sample": ("each(batch * (size // together))", "each(size // together)"),
     "sums of the neighbour": ("return self.sums[at]", "return self.sums[at // 2 * 2]"),
     "no bias": ("p.padding, has_bias=p.bias", "p.padding, has_bias=False"),
+    "the bias alone": ("return y + total", "return y"),
+}
+ODD_FLOATS: Mutants = {
+    "the other half of a word": ("pair(x[i], vmath.f32(0.0, 1))", "pair(vmath.f32(0.0, 1), x[i])"),
+    "the first value": ("pair(x[i],", "pair(x[0],"),
+}
+HOPPER_FLOATS: Mutants = {
+    "sums of the neighbour": ("return self.sums[at]", "return self.sums[at // 2 * 2]"),
+    "parts of the first": ("return y + total", "return total"),
 }
 WEIGHT_ONLY: Mutants = {
     "the first table": ("tables[number * size + word]", "tables[word]"),
-    "codes of another step": ("* self.w.steps + step) * LANES", "* self.w.steps + stage) * LANES"),
-    "half of a selector": ("code >> T.uint32(16 * h)", "code"),
+    "the table of the first fragment": ("[self.entries[j * size + word]", "[self.entries[word]"),
+    "codes of the first stage": ("stage * (self.t.columns // CHANNELS)", "0 * (self.t.columns // CHANNELS)"),
+    "codes of the first unit": ("T.bind(ks * 32 + self.lane)", "T.bind(self.lane)"),
+    "half of a selector": ("codes[0] >> T.uint32(16 * h)", "codes[0]"),
     "bytes without a sign": ("T.uint32(BIASED)", "T.uint32(0)"),
     "a byte off by one": ("2.0**23 + 128", "2.0**23 + 127"),
     "bytes turned": ("0x7440 + i)", "0x7440 + 3 - i)"),
-    "one scale for two chunks": ("places[kk]", "places[0]"),
-    "scales of the first step": ("((step * 2 + lane // 32)", "((lane // 32)"),
-    "the scale of another channel": ("8 * h + lane % 32 // 4)", "lane % 32 // 4)"),
-    "no offset": ("if self.table.offset is None:", "if True:"),
-    "registers turned": ("pair(*pair), 2 * kk + h)", "pair(*pair), 2 * h + kk)"),
-    "lanes of the first share": ("(i * self.t.threads + self.thread) // LANES", "self.thread // LANES"),
-    "into the stage that is read": ("target = stage * (", "target = (1 - stage) * ("),
+    "one scale for two chunks": ("(2 * self.step + ks) * 2 + kk", "(2 * self.step + ks) * 2"),
+    "scales of the first step": ("(2 * self.step + ks) * 2 + kk", "ks * 2 + kk"),
+    "the scale of another channel": ("8 * h + self.lane // 4)", "self.lane // 4)"),
+    "no offset": ("return weight if self.offsets is None", "return weight if True"),
+    "the offset of another channel": ("self.offsets[own]", "self.offsets[own // 2 * 2]"),
+    "registers turned": ("first + 4 * j + 2 * h + kk)", "first + 4 * j + 2 * kk + h)"),
+}
+HOPPER_WEIGHT_ONLY: Mutants = {
+    "registers of the first unit": ("first + 4 * j + 2 * h + kk)", "4 * j + 2 * h + kk)"),
+    "one scale for all channels": ("2 * j + h)\n                if self.offsets", "0)\n                if self.offsets"),
+    "codes of the first lane": ("place * self.count + word]", "place // 2 * self.count + word]"),
 }
 NORMS: Mutants = {
     "no mean": ("else x[sample, row, c] - mean", "else x[sample, row, c]"),
@@ -437,12 +441,17 @@ FAST = fast_attention_problems.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
 FEW = replace(BFLOAT16, channels=10, outputs=20)
+ODD = float_gemm.Conv2d(7, 9, 5, 20, packed=True, numerics=BF16)  # whose values are no pairs
+SHARED = float_gemm.Linear(3, 1600, 70, packed=True, numerics=BF16)  # by two blocks of threads
 SMALL = fast_attention_problems.Ready(5, 2, 5, BF16)
 WHOLE = fast_attention_problems.Ready(24, 2, 16, BF16)
 STEPS = fast_attention_problems.FastAttention(133, 200, 2, 40, scale=0.3, mask=("B", 1, 133, 200))
 SQUARES = norms_problems.RmsNorm(7, 2100, eps=1e-2)
 OF_WARPS = norms_problems.LayerNorm(11, 300, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
+
+
+STORED = WeightOnly(SHARED, DequantizeTable(70, 1600, (1600,), 8))
 
 
 def _stored(bits: int) -> WeightOnly:
@@ -473,20 +482,21 @@ def _fast_attention(problem: fast_attention_problems.FastAttention) -> list[np.n
     return [q, *results[2:], *rest]
 
 
-def _bfloat16() -> list[np.ndarray]:
-    weight, panel = _draw(float_products.pack_arguments(BFLOAT16), 1)
-    packed = Library({"pack": float_products.build_pack(BFLOAT16, "pack")}).run([("pack", [weight, panel])])[0][1]
-    x, _, *rest = _draw(float_gemm.arguments(FLOATS), 2)
-    return [x, packed, *rest]
+def _bfloat16(problem: float_gemm.Linear | float_gemm.Conv2d) -> list[np.ndarray]:
+    weight, panel = _draw(float_products.pack_arguments(problem), 1)
+    packed = Library({"pack": float_products.build_pack(problem, "pack")}).run([("pack", [weight, panel])])[0][1]
+    x, _, *rest = _draw(float_gemm.arguments(problem), 2)
+    return [x, packed, *rest, *(empty(a, 2) for a in float_products.workspaces(problem))]
 
 
-def _codes() -> list[np.ndarray]:
-    draw, named = np.random.default_rng(0), {a.name: a for a in weight_only.arguments(CODES)}
+def _codes(problem: WeightOnly) -> list[np.ndarray]:
+    draw, named = np.random.default_rng(0), {a.name: a for a in weight_only.arguments(problem)}
     whole = {"weight": (0, 2**32), "tables": (-128, 128), "row_class": (0, 2)}
     arrays = dict(zip(named, _draw(named.values(), 2), strict=True))
     for name, limits in whole.items():
-        arrays[name] = draw.integers(*limits, arrays[name].shape).astype(named[name].dtype)
-    return list(arrays.values())
+        if name in named:
+            arrays[name] = draw.integers(*limits, arrays[name].shape).astype(named[name].dtype)
+    return [*arrays.values(), *(empty(a, 2) for a in weight_only.workspaces(problem))]
 
 
 SUBJECTS = {
@@ -503,8 +513,20 @@ SUBJECTS = {
     "products": Subject(
         float_units, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
     ),
-    "float products": Subject(float_products, FLOAT_PRODUCTS, lambda m, n: m.build(BFLOAT16, n), _bfloat16),
-    "weight only": Subject(weight_only, WEIGHT_ONLY, lambda m, n: m.build(CODES, n), _codes),
+    "float products": Subject(
+        float_products, FLOAT_PRODUCTS, lambda m, n: m.build(BFLOAT16, n), lambda: _bfloat16(BFLOAT16)
+    ),
+    "odd floats": Subject(float_products, ODD_FLOATS, lambda m, n: m.build(ODD, n), lambda: _bfloat16(ODD)),
+    "floats on Hopper": Subject(
+        float_products, HOPPER_FLOATS, lambda m, n: m.build_on_hopper(SHARED, n), lambda: _bfloat16(SHARED)
+    ),
+    "weight only": Subject(weight_only, WEIGHT_ONLY, lambda m, n: m.build(CODES, n), lambda: _codes(CODES)),
+    "weight only on Hopper": Subject(
+        weight_only,
+        HOPPER_WEIGHT_ONLY,
+        lambda m, n: m.build_on_hopper(STORED, n),
+        lambda: _codes(STORED),
+    ),
     "pack floats": Subject(
         float_products,
         PACK_FLOATS,

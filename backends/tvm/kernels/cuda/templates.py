@@ -82,8 +82,15 @@ TEMPLATES: dict[str, Template] = {
     "float_gemm": Template(
         _by_numerics(float_units.build, float_products.build),
         _by_numerics(SIGNATURES["float_gemm"].arguments, float_products.arguments),
+        workspaces=_by_numerics(lambda problem: [], float_products.workspaces),
+        hopper=_by_numerics(lambda problem, name: None, float_products.build_on_hopper),
     ),
     "matmul": _portable("matmul", float_units.build_matmul),
     "pack_codes": Template(weight_only.build_pack, weight_only.pack_arguments),
-    "weight_only": Template(weight_only.build, weight_only.arguments),
+    "weight_only": Template(
+        weight_only.build,
+        weight_only.arguments,
+        workspaces=weight_only.workspaces,
+        hopper=weight_only.build_on_hopper,
+    ),
 }

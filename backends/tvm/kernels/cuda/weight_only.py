@@ -1,14 +1,15 @@
 """Products in bfloat16 whose weights stay in codes of 2 to 8 bits in memory: `float_products` of what these decode to.
 
-Codes are decoded on their way to shared memory, as activations are rounded there: each thread looks up 8 or 16 of them
-(`looked_up`), makes floats of the bytes (below), and rounds what `common.dequantize` would have made. So no bit of a
-result depends on where a weight is decoded.
+Codes stay codes in shared memory too, and become the registers of tensor cores as they are multiplied: each thread
+looks up 8 of a fragment at once (`looked_up`), makes floats of the bytes (below), and rounds what `common.dequantize`
+would have made. So no bit of a result depends on where a weight is decoded.
 
 A byte b in the lowest bits of the float 2^23 makes it 2^23 + b. Bytes are signed, and have 128 added by `BIASED`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,15 +20,17 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.stored import stored_code
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, span, store, unravel
-from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, float_products
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, float_products, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import byte_perm, looked_up
+from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import dequantize
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
 LANES = 64
 """Lanes of a step of a fragment: 2 units of 32 lanes, with 8 codes in each lane."""
@@ -98,77 +101,120 @@ def _place(bits: int, h: int, i: int) -> tuple[int, int]:
     return 0, 4 * i + 2 * h if bits == 2 else 16 * h + 4 * i
 
 
+def workspaces(problem: WeightOnly) -> list[Argument]:
+    """Those of `float_products`."""
+    return float_products.workspaces(problem.product)
+
+
 def build(problem: WeightOnly, name: str) -> PrimFunc:
-    """The kernel ``name(*arguments(problem))``."""
+    """The kernel ``name(*arguments(problem), *workspaces(problem))``."""
+    return built(problem, name, lambda own: tiles.tile(own, float_products.TILES), Kernel)
+
+
+def build_on_hopper(problem: WeightOnly, name: str) -> PrimFunc:
+    """The same kernel on `wgmma`."""
+    return built(problem, name, wgmma.tile, OnHopper)
+
+
+def built(problem: WeightOnly, name: str, tile: Callable[[QuantMatmul], Tile], made: type[Codes]) -> PrimFunc:
+    """The kernel of a kind, whose tile is chosen for the product in bytes."""
 
     def body(batch: Any, buffers: Buffers) -> None:
         own = replace(float_products.in_bytes(problem.product), epilogue=problem.product.epilogue)
-        _Kernel(problem.table, own, tiles.tile(own, float_products.TILES), buffers | {"out": buffers["y"]}).emit(batch)
+        named = buffers | {"out": buffers["y"], "x": float_products.rounded(own, batch, buffers)}
+        made(problem.table, own, tile(own), named, float_products.splits(own)).emit(batch)
 
-    return primfunc(name, arguments(problem), body)
+    return primfunc(name, [*arguments(problem), *workspaces(problem)], body)
 
 
-class _Kernel(float_products.Kernel):
+class Codes(float_products.Floats):
+    """A product whose weights are decoded in registers, where they are multiplied."""
+
     def __init__(self, table: DequantizeTable, *rest: Any) -> None:
-        super().__init__(*rest)
         self.table = table
         self.count, self.dtype = words(table.bits)
-        self.shares = self.t.columns // CHANNELS * LANES // self.t.threads
-        """Lanes whose codes a thread decodes in a step."""
+        super().__init__(*rest)
+
+    @property
+    def fragment(self) -> int:
+        return LANES * self.count // (1 if self.dtype == "uint32" else 2)
 
     def _allocate(self) -> None:
         super()._allocate()
-        self.codes = local(self.shares * self.count, self.dtype)
-
-    def _lane(self, i: int) -> tuple[Any, Any]:
-        """(fragment of the tile, lane of its step) that a thread decodes."""
-        return T.bind((i * self.t.threads + self.thread) // LANES), T.bind(self.thread % LANES)
-
-    def _load_weights(self, step: Any, stage: Any) -> None:
-        for i in range(self.shares):
-            fragment, lane = self._lane(i)
-            source = ((self.first_column // CHANNELS + fragment) * self.w.steps + step) * LANES + lane
-            for word in range(self.count):
-                store(self.codes, self.b["weight"][source * self.count + word], i * self.count + word)
-
-    def _put(self, step: Any, stage: Any) -> None:
-        super()._put(step, stage)
-        p, w, b, segments = self.p, self.w, self.b, len(self.table.segments)
-        decoded = local(4, "uint32")
-        for i in range(self.shares):
-            fragment, lane = self._lane(i)
-            block = T.bind(self.first_column // CHANNELS + fragment)
-            chunks = [T.bind(((step * 2 + lane // 32) * 2 + kk) % w.chunks[0]) for kk in range(2)]
-            places = [T.bind(T.min(c * float_products.VALUES // self.table.segments[0], segments - 1)) for c in chunks]
+        t, b, table = self.t, self.b, self.table
+        weight = b["weight"]
+        own = self.w.outputs // CHANNELS * self.w.steps * self.fragment
+        b["tiles"] = T.decl_buffer((own,), "uint32", data=weight.data)
+        self.scales = local(2 * t.column_fragments)
+        self.offsets = local(2 * t.column_fragments) if table.offset is not None else None
+        size = 0 if table.bits == 8 else 2**table.bits // 4
+        self.entries = local(max(1, size * t.column_fragments), "uint32")
+        """The table of each fragment."""
+        for j in range(t.column_fragments):
+            block = T.bind(self.first_column // CHANNELS + self._fragment(j))
             for h in range(2):
-                channel = T.bind(T.min(block * CHANNELS + (8 * h + lane % 32 // 4), p.outputs - 1))
-                bytes_ = vmath.keep(T.bitwise_xor(self._bytes(i, h, block), T.uint32(BIASED)))
-                for kk in range(2):
-                    scale = vmath.keep(T.cast(b["scale"][channel * segments + places[kk]], "float32"))
-                    pair = [self._weight(bytes_, 2 * kk + e, scale, channel) for e in range(2)]
-                    store(decoded, bfloat16.pair(*pair), 2 * kk + h)
-            target = stage * (self.t.columns // CHANNELS * self.fragment) + (fragment * LANES + lane) * 4
-            store(self.weights, decoded[span(0, 4)], span(target, 4))
+                channel = self._channel(block, h)
+                if len(table.segments) == 1:
+                    store(self.scales, T.cast(b["scale"][channel], "float32"), 2 * j + h)
+                if self.offsets is not None:
+                    store(self.offsets, T.cast(b["offset"][channel], "float32"), 2 * j + h)
+            number: Any = 0
+            if table.classes > 1:
+                inside = T.min(block, -(-self.p.outputs // CHANNELS) - 1)
+                number = T.bind(T.cast(b["row_class"][inside], "int32"))
+            if size:
+                tables = T.decl_buffer((table.classes * size,), "uint32", data=b["tables"].data)
+                for word in range(size):
+                    store(self.entries, tables[number * size + word], j * size + word)
 
-    def _weight(self, bytes_: Expr, i: int, scale: Expr, channel: Any) -> Expr:
+    def _channel(self, block: Index, h: int) -> Index:
+        """The channel of a fragment whose weights a lane has; behind the last one it again."""
+        return T.bind(T.min(block * CHANNELS + (8 * h + self.lane // 4), self.p.outputs - 1))
+
+    def _decode(self, stage: Index, ks: int, j: int, first: int = 0) -> None:
+        segments = len(self.table.segments)
+        fragment = T.bind(stage * (self.t.columns // CHANNELS) + self._fragment(j))
+        place = T.bind(ks * 32 + self.lane)
+        if self.dtype == "uint32":
+            codes = [self.weights[fragment * self.fragment + place * self.count + word] for word in range(self.count)]
+        else:
+            both = self.weights[fragment * self.fragment + place // 2]
+            codes = [both >> (T.cast(place % 2, "uint32") * T.uint32(16))]
+        codes = [vmath.keep(code) for code in codes]
+        for h in range(2):
+            bytes_ = vmath.keep(T.bitwise_xor(self._bytes(codes, h, j), T.uint32(BIASED)))
+            for kk in range(2):
+                scale = self.scales[2 * j + h]
+                if segments > 1:
+                    chunk = (2 * self.step + ks) * 2 + kk
+                    channels = T.bind(chunk % self.w.chunks[0] * float_products.VALUES)
+                    group = T.min(tirx.truncdiv(channels, self.table.segments[0]), segments - 1)
+                    channel = self._channel(T.bind(self.first_column // CHANNELS + self._fragment(j)), h)
+                    scale = vmath.keep(T.cast(self.b["scale"][channel * segments + group], "float32"))
+                pair = [self._weight(bytes_, 2 * kk + e, scale, 2 * j + h) for e in range(2)]
+                store(self.decoded, bfloat16.pair(*pair), first + 4 * j + 2 * h + kk)
+
+    def _weight(self, bytes_: Expr, i: int, scale: Expr, own: int) -> Expr:
         """The weight that byte i codes, computed as `common.dequantize.dequantize_row` does."""
         value = tirx.reinterpret("float32", byte_perm(bytes_, T.uint32(TWO_23), T.uint32(0x7440 + i)))
         weight = vmath.mul(value - vmath.f32(2.0**23 + 128, 1), scale)
-        if self.table.offset is None:
-            return weight
-        return weight + T.cast(self.b["offset"][channel], "float32")
+        return weight if self.offsets is None else weight + self.offsets[own]
 
-    def _bytes(self, i: int, h: int, block: Any) -> Expr:
+    def _bytes(self, codes: list[Expr], h: int, j: int) -> Expr:
         """The levels of the 4 weights of a channel, signed."""
-        if self.table.bits == 8:
-            return self.codes[i * self.count + h]
-        size, number = 2**self.table.bits // 4, 0
-        if self.table.classes > 1:
-            inside = T.min(block, -(-self.p.outputs // CHANNELS) - 1)
-            number = T.bind(T.cast(self.b["row_class"][inside], "int32"))
-        tables = T.decl_buffer((self.table.classes * size,), "uint32", data=self.b["tables"].data)
-        entries = [tables[number * size + word] for word in range(size)]
-        code = T.cast(self.codes[i], "uint32")
-        if self.table.bits == 2:
-            return looked_up(entries, (code >> T.uint32(2 * h)) & T.uint32(0x3333))
-        return looked_up(entries, code >> T.uint32(16 * h))
+        bits = self.table.bits
+        if bits == 8:
+            return codes[h]
+        size = 2**bits // 4
+        entries = [self.entries[j * size + word] for word in range(size)]
+        if bits == 2:
+            return looked_up(entries, (codes[0] >> T.uint32(2 * h)) & T.uint32(0x3333))
+        return looked_up(entries, codes[0] >> T.uint32(16 * h))
+
+
+class Kernel(Codes, float_products.Kernel):
+    """By the instruction of one warp."""
+
+
+class OnHopper(Codes, float_products.OnHopper):
+    """By that of four."""

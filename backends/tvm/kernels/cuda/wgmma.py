@@ -24,7 +24,7 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, part,
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
-STAGES, BLOCK_COLUMNS = 4, 256
+STAGES, BLOCK_COLUMNS = 5, 256
 """Steps in shared memory at once; columns of the blocks of threads that a processor has registers for."""
 PERIOD = 8 * STEP
 """Bytes of shared memory after which the pattern of swapped chunks begins anew: 8 rows."""
@@ -73,12 +73,14 @@ def tile(problem: QuantMatmul) -> Tile:
 class Kernel(kernel.Kernel):
     """The integer product on wgmma: weights are decoded in registers, activations lie in shared memory."""
 
-    x_align, asynchronous, together = PERIOD, True, 4
+    x_align, asynchronous, pending, together = PERIOD, True, 1, 4
+    terms, signs = "k32.s32.s8.u8", ()
+    """Of the instruction: its values of k and types; operands behind whether it adds to its sums."""
 
     def _allocate(self) -> None:
         super()._allocate()
         t = self.t
-        self.instruction = f"wgmma.mma_async.sync.aligned.m64n{t.rows}k32.s32.s8.u8"
+        self.instruction = f"wgmma.mma_async.sync.aligned.m64n{t.rows}{self.terms}"
         self.decoded = local(STEP // UNIT * t.column_fragments * 4, "uint32")
         self.own_rows = 1
         if self.p.has_offset:
@@ -97,6 +99,7 @@ class Kernel(kernel.Kernel):
     def _unit(self, stage: Any, ks: int) -> None:
         t = self.t
         first = ks * t.column_fragments * 4
+        T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(1))  # for those that read these registers, a step ago
         for j in range(t.column_fragments):
             self._decode(stage, ks, j, first)
         at = T.bind(self.operand + T.cast(stage * (t.rows * STEP // 16) + ks * (UNIT // 16), "uint64"))
@@ -105,7 +108,7 @@ class Kernel(kernel.Kernel):
             sums = [self.sums[j * (t.rows // 2) + r] for r in range(t.rows // 2)]
             # As the instruction wants them: channels of 8, then values of k of 16.
             own = [self.decoded[first + j * 4 + 2 * h + kk] for kk in range(2) for h in range(2)]
-            T.evaluate(T.ptx[self.instruction](*sums, *own, at, True))
+            T.evaluate(T.ptx[self.instruction](*sums, *own, at, True, *self.signs))
         T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
         if self.row_sums is not None:
             self._add_codes(stage, ks)

@@ -83,11 +83,12 @@ class Kernel:
 
     instruction: of the tensor cores; sum_type: of its results' registers; x_align: bytes, of activations where it reads
     asynchronous: whether products go on while copies are asked for, until `_wait`
+    pending: steps whose products may still read their stage when the next step begins
     together: neighbouring results, so many at most, that wait side by side (`_staged`)
     most_splits: `most_splits` of a product of integers; sums of floats have an order
     """
 
-    instruction, sum_type, x_align, asynchronous, together = MMA, "uint32", 64, False, 1
+    instruction, sum_type, x_align, asynchronous, pending, together = MMA, "uint32", 64, False, 0, 1
 
     def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers, most_splits: int = 1) -> None:
         self.p, self.t, self.w = problem, tile, Fragments(problem)
@@ -101,6 +102,8 @@ class Kernel:
         self.tables: tuple[Buffer, Buffer] | None = None
         """Scales and zero points of the tile's rows, where there are several."""
         self.most_splits = most_splits
+        self.step: Index = 0
+        """That is multiplied."""
 
     def emit(self, batch: Any) -> None:
         t, p = self.t, self.p
@@ -109,7 +112,7 @@ class Kernel:
         across = self.w.outputs // t.columns
         self.splits: Any = 1
         if self.most_splits > 1:
-            self.splits = T.bind(T.max(1, T.min(BLOCKS // (down * across), self.most_splits)))
+            self.splits = self._shared_by(down * across)
         with grid(down * across * self.splits, t.threads, t.together) as (number, thread):
             self.thread = thread
             self.split: Any = T.bind(number // (down * across)) if self.most_splits > 1 else 0
@@ -135,9 +138,17 @@ class Kernel:
         if self.most_splits > 1:
             self._add_parts()
 
+    def _shared_by(self, tiles: Index) -> Index:
+        """How many blocks share the k axis of each of so many tiles: integers add up to the same in any order."""
+        return T.bind(T.max(1, T.min(BLOCKS // tiles, self.most_splits)))
+
+    @property
+    def fragment(self) -> int:
+        """Words of a fragment of weights, of a step."""
+        return 32 * self.w.words
+
     def _allocate(self) -> None:
         t = self.t
-        self.fragment = 32 * self.w.words  # words
         size, words = t.stages * t.rows * STEP, t.stages * (t.columns // CHANNELS) * self.fragment
         self.x = shared_bytes(size + 4 * words, self.x_align)
         """Activations of all stages, bytes; then weights."""
@@ -377,7 +388,8 @@ class Kernel:
             self._load_weights(step, stage)
 
         begin, steps = self._steps()
-        for step in range(t.stages - 1):
+        ahead_by = t.stages - 1 - self.pending
+        for step in range(ahead_by):
             if step < w.steps // self.most_splits:
                 load(begin + step, step)
             T.evaluate(T.ptx.cp.async_.commit_group())
@@ -386,15 +398,17 @@ class Kernel:
         with rolled(steps) if self.asynchronous else T.serial(0, steps) as step:
             stage = vmath.keep(turn[0])  # step % t.stages
             store(turn, T.Select(stage < t.stages - 1, stage + 1, 0), 0)
-            self._land(t.stages - 2)
+            self._land(ahead_by - 1)
             barrier()
 
             def load_ahead() -> None:
-                if w.steps >= t.stages:
-                    ahead = T.bind(step + (t.stages - 1))
+                if w.steps > ahead_by:
+                    ahead, behind = T.bind(step + ahead_by), t.stages - ahead_by
                     with T.If(ahead < steps), T.Then():
-                        load(begin + ahead, vmath.keep(T.Select(stage > 0, stage - 1, t.stages - 1)))
+                        load(begin + ahead, vmath.keep(T.Select(stage >= behind, stage - behind, stage + ahead_by)))
                 T.evaluate(T.ptx.cp.async_.commit_group())
+
+            self.step = begin + step
 
             def multiply() -> None:
                 for ks in range(STEP // UNIT):
@@ -404,10 +418,13 @@ class Kernel:
             if self.asynchronous:
                 multiply()
                 load_ahead()
-                self._wait()
+                if not self.pending:
+                    self._wait()
             else:
                 load_ahead()
                 multiply()
+        if self.pending:
+            self._wait()
 
     def _land(self, stages: int) -> None:
         """The thread's copies are there, but for those of the last stages asked for."""
@@ -701,7 +718,7 @@ class Kernel:
             row, column = unravel(number, self.p.outputs)
 
             def summed(parts: Any, step: Any, at: Any) -> Expr:
-                total = local(1, "int32")
+                total = local(1, parts.dtype)
                 store(total, parts[at], 0)
                 with T.serial(1, self.splits) as split:
                     store(total, total[0] + parts[split * step + at], 0)
