@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import documents
 from benchmarks.machine import provenance
-from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, wgmma, wgmma_attention
+from mpq_compiler.backends.tvm.kernels.cuda import (
+    fast_attention,
+    float_products,
+    gemm,
+    weight_only,
+    wgmma,
+    wgmma_attention,
+)
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.cuda.threads import ROOM
 from mpq_compiler.backends.tvm.kernels.cuda.weights import STEP
+from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
+from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.support import terminal
+from mpq_compiler.targets.numerics import BF16
 from mpq_compiler.targets.table import TARGETS
 
 RESULTS = Path(__file__).parent / "results" / "cuda_static.json"
@@ -55,10 +65,16 @@ FORMATS: dict[str, dict[str, Any]] = {
     "w2": {"bits": 2},
     "base+b": {"bits": 2, "has_offset": True},
 }
-PROBLEMS: dict[str, QuantMatmul | FastAttention] = {
+FLOATS = Linear(4096, 1280, 1280, packed=True, numerics=BF16)
+FLOAT_CONV = Conv2d(32, 32, 320, 320, packed=True, numerics=BF16)
+Problem = QuantMatmul | Linear | WeightOnly | FastAttention
+PROBLEMS: dict[str, Problem] = {
     **{f"linear {name}": replace(LINEAR, **options) for name, options in FORMATS.items()},
     "linear w4 g128": replace(LINEAR, bits=4, segments=(128,) * 10),
     **{f"conv3x3 {name}": replace(CONV, **options) for name, options in FORMATS.items()},
+    "linear bf16": FLOATS,
+    **{f"linear w{n} a16": WeightOnly(FLOATS, DequantizeTable(1280, 1280, (1280,), n)) for n in (4, 2)},
+    "conv3x3 w4 a16": WeightOnly(FLOAT_CONV, DequantizeTable(320, 9 * 320, (320,), 4)),
     **{f"attention bf16 d{dim}": FastAttention(4096, 4096, 8, dim) for dim in (40, 64, 80, 128)},
 }
 CUTLASS = """
@@ -78,13 +94,19 @@ int run(void *a, void *b, void *c, int m, int n, int k) {
 """
 
 
-def compiled(problem: QuantMatmul | FastAttention) -> list[bytes]:
-    """The kernel's machine code for all architectures: Hopper has products of its own in an artifact for it alone."""
-    builds = {"cuda": gemm.build, "cuda-sm90": wgmma.build}
-    if isinstance(problem, FastAttention):
-        builds = {"cuda": fast_attention.build, "cuda-sm90": wgmma_attention.build}
+BUILDS: dict[type[Problem], tuple[Callable[..., Any], Callable[..., Any]]] = {
+    QuantMatmul: (gemm.build, wgmma.build),
+    Linear: (float_products.build, float_products.build_on_hopper),
+    WeightOnly: (weight_only.build, weight_only.build_on_hopper),
+    FastAttention: (fast_attention.build, wgmma_attention.build),
+}
+"""Of all architectures, and of Hopper, which has products of its own in an artifact for it alone."""
+
+
+def compiled(problem: Problem) -> list[bytes]:
+    """The kernel's machine code for all architectures, and that for Hopper."""
     found = []
-    for name, build in builds.items():
+    for name, build in zip(("cuda", "cuda-sm90"), BUILDS[type(problem)], strict=True):
         target = TARGETS[name]
         if function := build(problem, "kernel"):
             _, device = machine_code.compiled({"kernel": function}, target)
@@ -92,15 +114,20 @@ def compiled(problem: QuantMatmul | FastAttention) -> list[bytes]:
     return found
 
 
-def tile(problem: QuantMatmul | FastAttention, hopper: bool) -> tuple[str, int]:
+def tile(problem: Problem, hopper: bool) -> tuple[str, int]:
     """Of a block of threads, in words; and the bytes of shared memory that it asks for where it is launched."""
     if isinstance(problem, FastAttention):
         own = wgmma_attention.tile(problem) if hopper else fast_attention.tile(problem)
         assert own is not None
         words = 4 * own.words
         return f"{own.queries} x {own.keys}", words if words > ROOM else 0
-    found = (wgmma if hopper else tiles).tile(problem)
-    size = found.stages * STEP * (found.rows + found.columns * problem.bits // 8)
+    bits, chosen = 8, tiles.TILES
+    if isinstance(problem, WeightOnly):
+        problem, bits = problem.product, problem.table.bits // 2  # a channel is two bytes
+    if not isinstance(problem, QuantMatmul):
+        problem, chosen = float_products.in_bytes(problem), float_products.TILES
+    found = wgmma.tile(problem) if hopper else tiles.tile(problem, chosen)
+    size = found.stages * STEP * (found.rows + found.columns * min(bits, problem.bits) // 8)
     return f"{found.rows} x {found.columns}", size if size > ROOM else 0
 
 
@@ -116,7 +143,7 @@ def listed(code: Path) -> Iterator[tuple[int, list[tuple[int, str]]]]:
 
 
 def resources(code: Path) -> dict[int, dict[str, int]]:
-    """By compute capability: REG, STACK, SHARED and LOCAL."""
+    """By compute capability: REG, STACK, SHARED and LOCAL, of several kernels the most."""
     command = [machine_code.tool("cuobjdump"), "-res-usage", str(code)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {}
@@ -124,7 +151,8 @@ def resources(code: Path) -> dict[int, dict[str, int]]:
         level = re.match(r"arch = sm_(\d+)", part)
         numbers = re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", part)
         if level and numbers:
-            found[int(level[1])] = {name: int(number) for name, number in numbers}
+            used = {name: [int(number) for other, number in numbers if other == name] for name, _ in numbers}
+            found[int(level[1])] = {name: max(own) for name, own in used.items()}
     return found
 
 

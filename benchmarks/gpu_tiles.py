@@ -1,10 +1,11 @@
-"""Which tile of Hopper's integer products is the fastest, and the model by which it is chosen (`cuda.gemm.model`).
+"""Which tile of Hopper's products is the fastest, and the model by which it is chosen (`cuda.gemm.model`).
 
     python -m benchmarks.gpu_tiles --build DIR            here, without a GPU: a kit of layers in many tiles
     python3 DIR/run.py --step 3 --out RESULTS             there
     python -m benchmarks.gpu_tiles --fit RESULTS/tables.json   here again: keeps the times, and fits the model to them
 
-Without options what is kept is fitted. The model is judged on the times that it was fitted to.
+Without options what is kept is fitted: products of integers. Those in bfloat16, whose weights are codes (`codes_`), are
+timed beside them. The model is judged on the times that it was fitted to.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from mpq_compiler.targets import nvidia
 RESULTS = Path(__file__).parent / "results" / "gpu-h200" / "tiles.json"
 SIZES = (
     *((rows, 64) for rows in (64, 96, 128, 160, 192)),
-    *((rows, 128) for rows in (64, 96, 128, 160, 192)),
+    *((rows, 128) for rows in (64, 80, 96, 112, 128, 144, 160, 192)),
     *((rows, 256) for rows in (96, 128, 160, 176)),
     *((rows, 320) for rows in (64, 80, 96)),
 )
-"""Rows and columns."""
+"""Rows and columns; 256 and 320 columns take less from the level-2 cache for each product."""
 LAYERS = (
     Layer("sdxl", 4096, 1, 640, 640),
     Layer("sdxl", 1024, 1, 1280, 1280),
@@ -71,8 +72,8 @@ def name(rows: int, columns: int, codes: bool = False) -> str:
     return f"{'codes_' if codes else ''}r{rows}c{columns}"
 
 
-def _tile(rows: int, columns: int) -> Tile:
-    return Tile(rows, columns, 1, columns // CHANNELS, wgmma.STAGES)
+def _tile(rows: int, columns: int, stages: int = wgmma.STAGES) -> Tile:
+    return Tile(rows, columns, 1, columns // CHANNELS, stages)
 
 
 def _built(tile: Tile, problem: QuantMatmul, function: str) -> object:
@@ -95,7 +96,7 @@ def build(folder: Path) -> None:
     (folder / "tables").mkdir()
     found = []
     for number, layer in enumerate(LAYERS):
-        library, others = folder / "tables" / f"{number}.so", variants(layer)
+        library, others = folder / "tables" / f"{number}.so", {**variants(layer), **variants(layer, codes=True)}
         functions = cases.functions(layer, nvidia.HOPPER, others)
         cases.kernels.write(functions, library, lambda text: cases.machine_code.fatbin(text, [nvidia.HOPPER]))
         for batch in model.BATCHES:
@@ -110,17 +111,19 @@ def build(folder: Path) -> None:
 def kept(tables: Mapping[str, Any]) -> dict[str, Any]:
     """The times of a run, microseconds by layer and batch, then by tile, with what they were measured on."""
     about = {key: tables[key] for key in ("gpu", "driver", "clocks, temperature, driver", "command")}
+    ours = re.compile(r"(codes_)?r\d+c\d+")
     times = {
-        case: {one["name"]: round(one["us"], 2) for one in row["rows"] if re.fullmatch(r"r\d+c\d+", one["name"])}
+        case: {one["name"]: round(one["us"], 2) for one in row["rows"] if ours.fullmatch(one["name"])}
         for case, row in tables["cases"].items()
     }
-    return about | {"us": {case: own for case, own in times.items() if own}}
+    return about | {"stages": wgmma.STAGES, "us": {case: own for case, own in times.items() if own}}
 
 
-def fit(times: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+def fit(results: Mapping[str, Any]) -> dict[str, float]:
     """The factors of the model by their names, of least relative squares, none below zero."""
+    times, stages = results["us"], results["stages"]
     rows = [
-        np.array(model.terms(layer.problem(8), _tile(*size), batch)) / times[case][name(*size)]
+        np.array(model.terms(layer.problem(8), _tile(*size, stages), batch)) / times[case][name(*size)]
         for layer, batch, case in _cases(times)
         for size in SIZES
         if name(*size) in times[case]
@@ -160,10 +163,10 @@ def main() -> None:
         return
     if options.fit:
         RESULTS.write_text(json.dumps(kept(json.loads(options.fit.read_text())), indent=1) + "\n")
-    times = json.loads(RESULTS.read_text())["us"]
-    for factor, value in fit(times).items():
+    results = json.loads(RESULTS.read_text())
+    for factor, value in fit(results).items():
         print(f"{factor} {value:.3g} (the model has {getattr(model, factor):.3g})")
-    for layer, ratio in judged(times).items():
+    for layer, ratio in judged(results["us"]).items():
         print(f"{layer}: the chosen tile takes {ratio:.2f} times the time of the best")
 
 

@@ -35,6 +35,8 @@ from tests.harness.cuda.cases import ADDED, BATCH, CASES, CODES, Case, check, in
 from tests.harness.cuda.kernels import Library, empty
 from tests.harness.float_kernels import error, quantized
 
+pytestmark = pytest.mark.filterwarnings("error:NVIDIA's assembler complains")
+
 
 @pytest.fixture(scope="module")
 def results() -> list[tuple[list[np.ndarray], list[np.ndarray]]]:

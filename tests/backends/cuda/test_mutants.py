@@ -37,12 +37,12 @@ from tests.harness.shapes import make_case, seed
 GEMM: Mutants = {
     "no barrier before a step": ("            barrier()\n\n            def load_ahead", "            def load_ahead"),
     "a turn too many": ("T.Select(stage < t.stages - 1, stage + 1, 0)", "T.Select(stage < t.stages, stage + 1, 0)"),
-    "waits for a step less": ("_land(t.stages - 2)", "_land(t.stages - 1)"),
+    "waits for a step less": ("_land(ahead_by - 1)", "_land(ahead_by)"),
     "chunks not swapped where they are read": (", row // 2 % 4)\n            at =", ", 0)\n            at ="),
     "rows of another fragment": ("i * 16 + lane % 16)", "i * 16 + lane % 8)"),
     "weights of the next lane": ("w.place(number, lane)]", "w.place(number, T.bitwise_xor(lane, 1))]"),
     "copies into the stage that is read": (
-        "load(begin + ahead, vmath.keep(T.Select(stage > 0, stage - 1, t.stages - 1)))",
+        "load(begin + ahead, vmath.keep(T.Select(stage >= behind, stage - behind, stage + ahead_by)))",
         "load(begin + ahead, stage)",
     ),
     "writes a row too many": (
@@ -101,8 +101,7 @@ WGMMA: Mutants = {
     "registers not in order": ("T.evaluate(T.ptx.wgmma.fence.sync.aligned())", "pass"),
     "copies not seen": ('T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())', "pass"),
     "waits for a product less": ("wait_group.sync.aligned(0)", "wait_group.sync.aligned(1)"),
-    "waits for half of a step": ("wait_group.sync.aligned(0)", "wait_group.sync.aligned(1)"),
-    "never waits": ("= PERIOD, True, 4", "= PERIOD, False, 4"),
+    "over what is multiplied": ("wait_group.sync.aligned(1)", "wait_group.sync.aligned(2)"),
     "rows twice as close": ("LAYOUT = PERIOD >> 4", "LAYOUT = PERIOD >> 5"),
     "chunks not swapped": ("2 << 30", "3 << 30"),
     "the first half of a step again": (" + ks * (UNIT // 16)", ""),
@@ -215,7 +214,7 @@ WEIGHT_ONLY: Mutants = {
     "codes of the first stage": ("stage * (self.t.columns // CHANNELS)", "0 * (self.t.columns // CHANNELS)"),
     "codes of the first unit": ("T.bind(ks * 32 + self.lane)", "T.bind(self.lane)"),
     "half of a selector": ("codes[0] >> T.uint32(16 * h)", "codes[0]"),
-    "bytes without a sign": ("T.uint32(BIASED)", "T.uint32(0)"),
+    "levels without a sign": ("word], T.uint32(BIASED))", "word], T.uint32(0))"),
     "a byte off by one": ("2.0**23 + 128", "2.0**23 + 127"),
     "bytes turned": ("0x7440 + i)", "0x7440 + 3 - i)"),
     "one scale for two chunks": ("(2 * self.step + ks) * 2 + kk", "(2 * self.step + ks) * 2"),
@@ -226,6 +225,7 @@ WEIGHT_ONLY: Mutants = {
     "registers turned": ("first + 4 * j + 2 * h + kk)", "first + 4 * j + 2 * kk + h)"),
 }
 HOPPER_WEIGHT_ONLY: Mutants = {
+    "bytes without a sign": ("codes[h], T.uint32(BIASED)", "codes[h], T.uint32(0)"),
     "registers of the first unit": ("first + 4 * j + 2 * h + kk)", "4 * j + 2 * h + kk)"),
     "one scale for all channels": ("2 * j + h)\n                if self.offsets", "0)\n                if self.offsets"),
     "codes of the first lane": ("place * self.count + word]", "place // 2 * self.count + word]"),
@@ -433,7 +433,7 @@ def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
 
 
 CONV = QuantMatmul(9, 11, 36, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)  # its last step as well
-WIDE = QuantMatmul.linear((130,), 298, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
+WIDE = QuantMatmul.linear((130,), 362, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
 LONG = QuantMatmul.linear((5,), 1612, 60, bits=4, groups=3, has_offset=True)
 ROWS = norms_problems.LayerNorm(7, 2100, eps=1e-2)  # by a block of threads each
 HEADS = Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
@@ -491,11 +491,13 @@ def _bfloat16(problem: float_gemm.Linear | float_gemm.Conv2d) -> list[np.ndarray
 
 def _codes(problem: WeightOnly) -> list[np.ndarray]:
     draw, named = np.random.default_rng(0), {a.name: a for a in weight_only.arguments(problem)}
-    whole = {"weight": (0, 2**32), "tables": (-128, 128), "row_class": (0, 2)}
+    whole = {"weight": (0, 2**32), "tables": (-128, 128)}
     arrays = dict(zip(named, _draw(named.values(), 2), strict=True))
     for name, limits in whole.items():
         if name in named:
             arrays[name] = draw.integers(*limits, arrays[name].shape).astype(named[name].dtype)
+    if "row_class" in arrays:
+        arrays["row_class"] = np.resize([0, 1], arrays["row_class"].shape).astype(np.uint8)
     return [*arrays.values(), *(empty(a, 2) for a in weight_only.workspaces(problem))]
 
 

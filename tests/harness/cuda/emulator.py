@@ -72,8 +72,8 @@ def _helper(match: re.Match[str]) -> str:
         size, (target, source, word, inside, count) = name.rsplit("_", 1)[1], own
         address = f"tvm_builtin_cuda_cvta_generic_to_shared({target})"
         body = f"emulator::copy_or_fill({size}, {address}, {source}, {word}, {inside}, {count});"
-    elif name == "mpq_settled":
-        return f"static inline float {name}({parameters}) {{ return x; }}\n"
+    elif name.startswith("mpq_settled_"):
+        return f"static inline {name.removeprefix('mpq_settled_')} {name}({parameters}) {{ return x; }}\n"
     elif name == "mpq_exp2":
         return f"static inline float {name}({parameters}) {{ return emulator::exp2(x); }}\n"
     elif "wgmma" in name and "s32_s8_u8" in name:

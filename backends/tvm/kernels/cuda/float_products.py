@@ -31,8 +31,8 @@ from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
-TILES = Tile(128, 128, 2, 4), Tile(128, 64, 4, 2), Tile(64, 64)
-"""More warps than `gemm` has for as many outputs: what decodes weights takes registers besides."""
+TILES = Tile(128, 128, 2, 4), Tile(128, 64), Tile(64, 64)
+"""More warps than `gemm` has in the largest: what decodes weights takes registers besides."""
 BYTES = 2
 """Bytes of a channel in bfloat16."""
 VALUES = CHUNK // BYTES

@@ -149,7 +149,7 @@ class Codes(float_products.Floats):
         self.offsets = local(2 * t.column_fragments) if table.offset is not None else None
         size = 0 if table.bits == 8 else 2**table.bits // 4
         self.entries = local(max(1, size * t.column_fragments), "uint32")
-        """The table of each fragment."""
+        """The table of each fragment, its levels biased."""
         for j in range(t.column_fragments):
             block = T.bind(self.first_column // CHANNELS + self._fragment(j))
             for h in range(2):
@@ -165,7 +165,8 @@ class Codes(float_products.Floats):
             if size:
                 tables = T.decl_buffer((table.classes * size,), "uint32", data=b["tables"].data)
                 for word in range(size):
-                    store(self.entries, tables[number * size + word], j * size + word)
+                    biased = T.bitwise_xor(tables[number * size + word], T.uint32(BIASED))
+                    store(self.entries, biased, j * size + word)
 
     def _channel(self, block: Index, h: int) -> Index:
         """The channel of a fragment whose weights a lane has; behind the last one it again."""
@@ -182,7 +183,7 @@ class Codes(float_products.Floats):
             codes = [both >> (T.cast(place % 2, "uint32") * T.uint32(16))]
         codes = [vmath.keep(code) for code in codes]
         for h in range(2):
-            bytes_ = vmath.keep(T.bitwise_xor(self._bytes(codes, h, j), T.uint32(BIASED)))
+            bytes_ = vmath.keep(self._bytes(codes, h, j))
             for kk in range(2):
                 scale = self.scales[2 * j + h]
                 if segments > 1:
@@ -201,10 +202,10 @@ class Codes(float_products.Floats):
         return weight if self.offsets is None else weight + self.offsets[own]
 
     def _bytes(self, codes: list[Expr], h: int, j: int) -> Expr:
-        """The levels of the 4 weights of a channel, signed."""
+        """The levels of the 4 weights of a channel, and 128 each."""
         bits = self.table.bits
         if bits == 8:
-            return codes[h]
+            return T.bitwise_xor(codes[h], T.uint32(BIASED))
         size = 2**bits // 4
         entries = [self.entries[j * size + word] for word in range(size)]
         if bits == 2:

@@ -3,7 +3,8 @@
 The same tiles, copies, weights and results as of `gemm`; the roles are swapped. A product has 64 output channels down,
 whose weights come from registers, decoded as ever: 16 channels to each warp. The rows of the tile are across and come
 from shared memory, where they lie as an operand may: 64 bytes a row, chunks swapped by its number. So no activation
-passes through registers, and half of the weights are looked up while the tensor cores multiply by the other half.
+passes through registers, and half of the weights are looked up while the tensor cores multiply by the other half, also
+from one step to the next: what a step reads is written to two barriers later.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ PERIOD = 8 * STEP
 """Bytes of shared memory after which the pattern of swapped chunks begins anew: 8 rows."""
 LAYOUT = PERIOD >> 4 | 2 << 30
 """The upper half of an operand in shared memory (PTX ISA, 9.7.17.5.1.2.2): chunks are swapped in rows of 64 bytes."""
+SETTLED = """
+__forceinline__ __device__ {type} mpq_settled_{type}({type} x) {{
+  asm volatile("" : "+{register}"(x) : : "memory");
+  return x;
+}}
+"""
 ADDRESS = (1 << 18) - 1
 """The bits of an address in shared memory that an operand has, in units of 16 bytes."""
 
@@ -56,6 +63,17 @@ def operand(buffer: Buffer, layout: int) -> Expr:
     address = T.cast(T.cuda.cvta_generic_to_shared(buffer.ptr_to([0])), "uint64")
     upper, lower = divmod(layout, 1 << 32)  # TVM's numbers have 63 bits
     return T.bind((address & T.uint64(ADDRESS)) >> T.uint64(4) | T.uint64(lower) | T.uint64(upper) << T.uint64(32))
+
+
+def settled(registers: Buffer) -> None:
+    """Keeps a compiler, which knows of no registers that are written later, from reading these before."""
+    kind, register = ("float", "f") if registers.dtype == "float32" else ("unsigned", "r")
+    code = SETTLED.format(type=kind, register=register)
+    for i in range(int(registers.shape[0])):
+        read = T.cuda.func_call(
+            f"mpq_settled_{kind}", registers[i], source_code=code, return_type=registers.dtype
+        )
+        store(registers, read, i)
 
 
 def tile(problem: QuantMatmul) -> Tile:
@@ -115,6 +133,7 @@ class Kernel(kernel.Kernel):
 
     def _wait(self) -> None:
         T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
+        settled(self.sums)
 
     def _add_codes(self, stage: Any, ks: int) -> None:
         """Add the codes of the thread's row to its sum; where a tile has half as many rows as threads, two threads do.

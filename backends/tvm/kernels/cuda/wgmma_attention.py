@@ -17,7 +17,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, sto
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
 from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, STAGES
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc, rolled
-from mpq_compiler.backends.tvm.kernels.cuda.wgmma import operand
+from mpq_compiler.backends.tvm.kernels.cuda.wgmma import operand, settled
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
 from mpq_compiler.targets.numerics import BF16
 
@@ -29,13 +29,6 @@ FEW = 128
 """Keys that are one step."""
 MEMORY = 160 << 10
 """Bytes of shared memory that a block of threads may take."""
-SETTLED = """
-__forceinline__ __device__ float mpq_settled(float x) {
-  asm volatile("" : "+f"(x) : : "memory");
-  return x;
-}
-"""
-
 
 @dataclass(frozen=True)
 class Tile(fast_attention.Tile):
@@ -127,7 +120,7 @@ class _Kernel(fast_attention.Kernel):
 
         def weigh(step: Index, pending: int) -> None:
             T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(pending))
-            _settled(self.scores)
+            settled(self.scores)
             if p.mask is not None:
                 self._add_mask(step)
             self._weigh(step)
@@ -159,7 +152,7 @@ class _Kernel(fast_attention.Kernel):
     def _before_outputs(self) -> None:
         """Waits for the sums of the values of the step before."""
         T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
-        _settled(self.out)
+        settled(self.out)
 
     def _multiply(self, sums: Buffer, rows: list[Index], operand: Index, adds: bool) -> None:
         count = int(sums.shape[0])
@@ -170,10 +163,3 @@ class _Kernel(fast_attention.Kernel):
 def _layout(pitch: int) -> int:
     """Matrices of 8 rows that follow one another; so many words to the next one along the sum."""
     return (pitch * 4 >> 4) << 16 | (8 * 16 >> 4) << 32
-
-
-def _settled(registers: Buffer) -> None:
-    """Keeps a compiler, which knows of no registers that are written later, from reading these before."""
-    for i in range(int(registers.shape[0])):
-        read = T.cuda.func_call("mpq_settled", registers[i], source_code=SETTLED, return_type="float32")
-        store(registers, read, i)

@@ -4,7 +4,8 @@ A processor takes its blocks of threads in rounds of as many as it has room for.
 of a block, for what it copies, and some whatever the tile; where blocks share the k axis, their sums go through memory.
 The factors are least squares over 254 measurements on an H200 (13 tiles, 11 layers of Stable Diffusion 1.5 and XL at
 batches 1 and 2; an eighth off, root mean square). On these the tile that it chooses takes 1.04 times the time of the
-best one at most, both batches together (`benchmarks.gpu_tiles`).
+best one at most, both batches together (`benchmarks.gpu_tiles`). They are of W8A8 whose products ended with each step,
+four in memory at once: what runs on into the next, and tiles of more columns, have not been timed yet.
 """
 
 from __future__ import annotations
