@@ -93,12 +93,13 @@ class Layer:
             padding=(1, 1, 1, 1), epilogue=REQUANTIZED, **own,
         )  # fmt: skip
 
-    def weight_only(self) -> WeightOnly:
+    def weight_only(self, integers: bool = True) -> WeightOnly:
         floats = {"packed": True, "numerics": BF16}
         made: Linear | Conv2d = Conv2d(self.height, self.width, self.channels, self.outputs, **floats)
         if self.linear:
             made = Linear(self.height, self.channels, self.outputs, **floats)
-        return WeightOnly(made, DequantizeTable(self.outputs, self.kernel**2 * self.channels, (self.channels,), 4))
+        columns = self.kernel**2 * self.channels
+        return WeightOnly(made, DequantizeTable(self.outputs, columns, (self.channels,), 4, integers=integers))
 
     def macs(self, batch: int) -> float:
         return batch * self.problem(8).rows * self.kernel**2 * self.channels * self.outputs
@@ -388,7 +389,9 @@ def _weight_only(layer: Layer, batch: int) -> Contestant:
         how: dict[str, float] = {"low": 0, "high": 256} if a.dtype == "uint8" else {"low": -128, "high": 128}
         how = {"deviation": deviation[a.name]} if a.dtype.startswith("float") else how
         arrays[a.name] = _drawn(shape, a.dtype, seed, **how)
-    drawn = {name: data.drawn(what) for name, what in arrays.items() if "seed" in what}
+    stored = {"tables": np.arange(-8, 8, dtype=np.int8)[None]}  # codes are integers
+    arrays["tables"] = {"stored": "tables"}
+    drawn = stored | {name: data.drawn(what) for name, what in arrays.items() if "seed" in what}
     table = problem.table
     codes = unpack_codes(drawn["codes"], (table.rows, table.columns), table.bits)
     decoded = drawn["tables"][0][codes].astype(np.float32) * drawn["scale"].astype(np.float32)
@@ -413,7 +416,8 @@ def _weight_only(layer: Layer, batch: int) -> Contestant:
         "as": [batch, layer.height, layer.width * layer.outputs],
     }
     expected = torch.cat([part.reshape(batch, part.shape[1], -1) for part in parts], 1).numpy()
-    return _picked(description, expected, 2e-5)  # tensor cores may cut what they add by two bits
+    found = _picked(description, expected, 2e-5)  # tensor cores may cut what they add by two bits
+    return replace(found, stored=found.stored | stored)
 
 
 def _attention(case: Attention, batch: int) -> Contestant:

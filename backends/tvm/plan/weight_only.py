@@ -23,23 +23,26 @@ def keep_codes(lowered: Lowered) -> Lowered:
             return call
         sources.update({name: source for _, name in call.results})
         codes = tuple((argument, name) for argument, name in source.operands if argument == "codes")
-        return replace(call, kernel=_weight_only("pack_codes", call, source), operands=codes)
+        return replace(call, kernel=_weight_only("pack_codes", call, source, lowered.integers), operands=codes)
 
     def product(call: Call) -> Call:
         source = sources.get(dict(call.operands).get("weight", ""))
         if source is None:
             return call
         stored = tuple((argument, name) for argument, name in source.operands if argument != "codes")
-        return replace(call, kernel=_weight_only("weight_only", call, source), operands=(*call.operands, *stored))
+        kernel = _weight_only("weight_only", call, source, lowered.integers)
+        return replace(call, kernel=kernel, operands=(*call.operands, *stored))
 
     preparation = tuple(map(packed, lowered.preparation))
     functions = tuple(function.mapped(product) for function in lowered.functions)
     return replace(lowered, preparation=preparation, functions=functions).linked()
 
 
-def _weight_only(template: str, call: Call, source: Call) -> Kernel:
-    problem = record("dequantize.WeightOnly", product=call.kernel.problem, table=source.kernel.problem)
-    return Kernel(template, problem)
+def _weight_only(template: str, call: Call, source: Call, integers: frozenset[str]) -> Kernel:
+    table = source.kernel.problem
+    if table.get("bits") == 4 and dict(source.operands).get("tables") in integers:
+        table = table.replace(integers=True)
+    return Kernel(template, record("dequantize.WeightOnly", product=call.kernel.problem, table=table))
 
 
 def _is_decodable(pack: Kernel, decode: Kernel) -> bool:

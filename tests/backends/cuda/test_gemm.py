@@ -44,11 +44,14 @@ SPLIT: Problems = [
     (3, linear((1,), 2048, 70, dynamic=True)),
     (1, linear((5,), 1600, 64, bits=4, integers=True)),
     (1, QuantMatmul(5, 6, 180, 64, (3, 3), padding=(1, 1, 1, 1), bits=2, has_offset=True)),
+    (2, QuantMatmul(3, 4, 192, 64, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=2)),  # begins within a tap
 ]
 IMAGES: Problems = [
     IMAGE,
     *(CONVOLUTIONS[n] for n in ("3x3", "3x3-stride-2", "3x3-one-channel", "5x3-of-3x2", "patches", "1x1-strided")),
     (2, QuantMatmul(12, 12, 64, 128, (3, 3), padding=(1, 1, 1, 1), groups=2)),
+    (2, QuantMatmul(9, 7, 128, 64, (3, 2), (2, 1), (1, 0, 1, 1), groups=2)),  # whole steps, several of a tap
+    (1, QuantMatmul(8, 6, 64, 64, (2, 2), (2, 2))),
 ]
 RANDOM: Problems = [random_problem(np.random.default_rng(i)) for i in range(8)]
 

@@ -193,6 +193,8 @@ WEIGHT_ONLY = [
     _weight_only(Conv2d(7, 9, 40, 66, (3, 2), padding=(2, 1, 0, 1)), 3, groups=2, offset="float32"),
     _weight_only(Conv2d(12, 11, 20, 128, epilogue=CODES), 2, offset="float16"),
     _weight_only(Linear(3, 1600, 70), 4, groups=5),
+    _weight_only(Linear(70, 100, 72), 4, classes=2, integers=True, offset="float16"),
+    _weight_only(Conv2d(9, 8, 64, 40), 4, integers=True),
 ]
 
 
@@ -210,6 +212,8 @@ def test_no_bit_depends_on_where_a_weight_is_decoded(on_hopper):
         data["codes"] = draw.integers(0, 256, names["codes"].shape).astype(np.uint8)
         if "tables" in data:
             data["tables"] = draw.integers(-128, 128, names["tables"].shape).astype(np.int8)
+            if problem.table.integers:
+                data["tables"] = np.minimum(data["tables"][:, :1], 112) + np.arange(16, dtype=np.int8)
         datas.append(data)
         floats = empty(_arguments("dequantize", problem.table)[-1], 1)
         first.append(

@@ -215,8 +215,8 @@ WEIGHT_ONLY: Mutants = {
     "codes of the first unit": ("T.bind(ks * 32 + self.lane)", "T.bind(self.lane)"),
     "half of a selector": ("codes[0] >> T.uint32(16 * h)", "codes[0]"),
     "levels without a sign": ("word], T.uint32(BIASED))", "word], T.uint32(0))"),
-    "a byte off by one": ("2.0**23 + 128", "2.0**23 + 127"),
-    "bytes turned": ("0x7440 + i)", "0x7440 + 3 - i)"),
+    "a byte off by one": ("2.0**15 + 128", "2.0**15 + 127"),
+    "bytes turned": ("0x5404 + 16 * i)", "0x5404 + 16 * (3 - i))"),
     "one scale for two chunks": ("(2 * self.step + ks) * 2 + kk", "(2 * self.step + ks) * 2"),
     "scales of the first step": ("(2 * self.step + ks) * 2 + kk", "ks * 2 + kk"),
     "the scale of another channel": ("8 * h + self.lane // 4)", "self.lane // 4)"),
@@ -224,10 +224,16 @@ WEIGHT_ONLY: Mutants = {
     "the offset of another channel": ("self.offsets[own]", "self.offsets[own // 2 * 2]"),
     "registers turned": ("first + 4 * j + 2 * h + kk)", "first + 4 * j + 2 * kk + h)"),
 }
+INTEGERS: Mutants = {
+    "the first level of the first table": ('self.b["tables"][number * 16]', 'self.b["tables"][0]'),
+    "halves turned": ("codes[0] >> T.uint32(4) if h else", "codes[0] >> T.uint32(4) if not h else"),
+    "codes turned": ("0x5044 + 256 * i", "0x5044 + 256 * (3 - i)"),
+    "half of 128": ("first - vmath.f32(128.0, 1)", "first - vmath.f32(64.0, 1)"),
+}
 HOPPER_WEIGHT_ONLY: Mutants = {
     "bytes without a sign": ("codes[h], T.uint32(BIASED)", "codes[h], T.uint32(0)"),
     "registers of the first unit": ("first + 4 * j + 2 * h + kk)", "4 * j + 2 * h + kk)"),
-    "one scale for all channels": ("2 * j + h)\n                if self.offsets", "0)\n                if self.offsets"),
+    "one scale for all channels": ("self._set_scale(2 * j + h, b[", "self._set_scale(0 * j, b["),
     "codes of the first lane": ("place * self.count + word]", "place // 2 * self.count + word]"),
 }
 NORMS: Mutants = {
@@ -451,6 +457,7 @@ OF_WARPS = norms_problems.LayerNorm(11, 300, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
 
 
+WHOLES = WeightOnly(SHARED, DequantizeTable(70, 1600, (1600,), 4, 2, integers=True))
 STORED = WeightOnly(SHARED, DequantizeTable(70, 1600, (1600,), 8))
 
 
@@ -496,6 +503,8 @@ def _codes(problem: WeightOnly) -> list[np.ndarray]:
     for name, limits in whole.items():
         if name in named:
             arrays[name] = draw.integers(*limits, arrays[name].shape).astype(named[name].dtype)
+    if problem.table.integers:
+        arrays["tables"] = np.array([[-8], [3]], np.int8) + np.arange(16, dtype=np.int8)
     if "row_class" in arrays:
         arrays["row_class"] = np.resize([0, 1], arrays["row_class"].shape).astype(np.uint8)
     return [*arrays.values(), *(empty(a, 2) for a in weight_only.workspaces(problem))]
@@ -529,6 +538,7 @@ SUBJECTS = {
         lambda m, n: m.build_on_hopper(STORED, n),
         lambda: _codes(STORED),
     ),
+    "integers": Subject(weight_only, INTEGERS, lambda m, n: m.build(WHOLES, n), lambda: _codes(WHOLES)),
     "pack floats": Subject(
         float_products,
         PACK_FLOATS,

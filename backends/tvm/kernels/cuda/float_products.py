@@ -72,7 +72,7 @@ def splits(own: QuantMatmul) -> int:
     """How many blocks share the k axis of a tile of a product in bytes, so that one sample keeps a GPU busy."""
     w, tile = Fragments(own), tiles.tile(own, TILES)
     blocks = -(-own.rows // tile.rows) * (w.outputs // tile.columns)
-    return max(1, min(tiles.PROCESSORS // blocks, w.steps // LEAST_STEPS))
+    return max(1, min(tiles.BLOCKS // blocks, w.steps // LEAST_STEPS))
 
 
 def pack_arguments(problem: Product) -> list[Argument]:

@@ -4,7 +4,10 @@ Codes stay codes in shared memory too, and become the registers of tensor cores 
 looks up 8 of a fragment at once (`looked_up`), makes floats of the bytes (below), and rounds what `common.dequantize`
 would have made. So no bit of a result depends on where a weight is decoded.
 
-A byte b in the lowest bits of the float 2^23 makes it 2^23 + b. Bytes are signed, and have 128 added by `BIASED`.
+A byte b in bits 8 to 15 of the float 2^15 makes it 2^15 + b; levels are signed, and have 128 added by `BIASED`. Where
+codes of 4 bits number integers, nothing is looked up: in bits 16 to 19 of the float 128 a code makes 128 more of it.
+What is too much is taken off where the scale is multiplied, in one step: products of the scale, which has 11 bits, with
+2^15 + 128, with 128 less the first level and with a level are floats, so that nothing is rounded there.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import byte_perm, looked_up
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc
-from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, Fragments
+from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import dequantize
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
@@ -35,15 +38,16 @@ from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 LANES = 64
 """Lanes of a step of a fragment: 2 units of 32 lanes, with 8 codes in each lane."""
 BIASED = 0x80808080
-TWO_23 = 0x4B000000
-"""Bits of the float 2^23. A byte put into its lowest bits adds that integer to it, so that codes become floats."""
+TWO_15, TWO_7 = 0x4700, 0x4300
+"""The upper halves of the floats 2^15 and 2^7: of a byte in lower bits than these the float is the sum of both."""
 
 
 def words(bits: int) -> tuple[int, str]:
     """(how many words, of which type) the 8 codes of a lane take: 3 bits take 4, so that each selects by a nibble.
 
     Code 4 h + 2 kk + e is that of channel 8 h + lane // 4 and value 16 ks + 8 kk + 2 (lane % 4) + e. It is byte
-    2 kk + e of word h, nibble 4 h + 2 kk + e, or the bits 4 (2 kk + e) + 2 h and one more.
+    2 kk + e of word h, nibble 4 h + 2 kk + e, or the bits 4 (2 kk + e) + 2 h and one more; where it is an integer,
+    nibble 2 (2 kk + e) + h.
     """
     return {2: (1, "uint16"), 3: (1, "uint32"), 4: (1, "uint32"), 8: (2, "uint32")}[bits]
 
@@ -85,7 +89,7 @@ def build_pack(problem: WeightOnly, name: str) -> PrimFunc:
                         there = tirx.all(output < table.rows, tap < w.taps, c < channels)
                         at = T.bind(T.if_then_else(there, output * table.columns + tap * channels + c, 0))
                         code = stored_code(buffers["codes"], at, table.bits, table.rows * table.columns)
-                        word, bit = _place(table.bits, h, 2 * kk + e)
+                        word, bit = _place(table, h, 2 * kk + e)
                         moved = (T.cast(code, "uint32") & T.uint32(2**table.bits - 1)) << T.uint32(bit)
                         store(packed, packed[word] | moved, word)
             for word in range(count):
@@ -94,11 +98,13 @@ def build_pack(problem: WeightOnly, name: str) -> PrimFunc:
     return primfunc(name, pack_arguments(problem), body)
 
 
-def _place(bits: int, h: int, i: int) -> tuple[int, int]:
+def _place(table: DequantizeTable, h: int, i: int) -> tuple[int, int]:
     """(word, first bit) of a code."""
-    if bits == 8:
+    if table.bits == 8:
         return h, 8 * i
-    return 0, 4 * i + 2 * h if bits == 2 else 16 * h + 4 * i
+    if table.integers:
+        return 0, 8 * i + 4 * h
+    return 0, 4 * i + 2 * h if table.bits == 2 else 16 * h + 4 * i
 
 
 def workspaces(problem: WeightOnly) -> list[Argument]:
@@ -146,64 +152,93 @@ class Codes(float_products.Floats):
         own = self.w.outputs // CHANNELS * self.w.steps * self.fragment
         b["tiles"] = T.decl_buffer((own,), "uint32", data=weight.data)
         self.scales = local(2 * t.column_fragments)
+        self.taken_off = local(2 * t.column_fragments)
+        self.bias = local(t.column_fragments)
         self.offsets = local(2 * t.column_fragments) if table.offset is not None else None
-        size = 0 if table.bits == 8 else 2**table.bits // 4
+        size = 0 if table.bits == 8 or table.integers else 2**table.bits // 4
+        self.codes = local(STEP // UNIT * t.column_fragments * self.count, "uint32")
         self.entries = local(max(1, size * t.column_fragments), "uint32")
         """The table of each fragment, its levels biased."""
         for j in range(t.column_fragments):
             block = T.bind(self.first_column // CHANNELS + self._fragment(j))
-            for h in range(2):
-                channel = self._channel(block, h)
-                if len(table.segments) == 1:
-                    store(self.scales, T.cast(b["scale"][channel], "float32"), 2 * j + h)
-                if self.offsets is not None:
-                    store(self.offsets, T.cast(b["offset"][channel], "float32"), 2 * j + h)
             number: Any = 0
             if table.classes > 1:
                 inside = T.min(block, -(-self.p.outputs // CHANNELS) - 1)
                 number = T.bind(T.cast(b["row_class"][inside], "int32"))
+            self._set_bias(j, number)
+            for h in range(2):
+                channel = self._channel(block, h)
+                if len(table.segments) == 1:
+                    self._set_scale(2 * j + h, b["scale"][channel])
+                if self.offsets is not None:
+                    store(self.offsets, T.cast(b["offset"][channel], "float32"), 2 * j + h)
             if size:
                 tables = T.decl_buffer((table.classes * size,), "uint32", data=b["tables"].data)
                 for word in range(size):
                     biased = T.bitwise_xor(tables[number * size + word], T.uint32(BIASED))
                     store(self.entries, biased, j * size + word)
 
+    def _set_bias(self, j: int, number: Index) -> None:
+        """What floats of codes have too much, less than nothing: where these are integers, by their first level."""
+        bias: Any = vmath.f32(-(2.0**15 + 128), 1)
+        if self.table.integers:
+            first = T.cast(tirx.reinterpret("int8", self.b["tables"][number * 16]), "float32")
+            bias = vmath.keep(first - vmath.f32(128.0, 1))
+        store(self.bias, bias, j)
+
     def _channel(self, block: Index, h: int) -> Index:
         """The channel of a fragment whose weights a lane has; behind the last one it again."""
         return T.bind(T.min(block * CHANNELS + (8 * h + self.lane // 4), self.p.outputs - 1))
 
+    def _set_scale(self, own: int, scale: Expr) -> None:
+        value = vmath.keep(T.cast(scale, "float32"))
+        store(self.scales, value, own)
+        store(self.taken_off, vmath.mul(value, self.bias[own // 2]), own)
+
+    def _begin_step(self, stage: Index) -> None:
+        """Read the codes of a step, which then are on their way while products are waited for."""
+        for ks in range(STEP // UNIT):
+            place = T.bind(ks * 32 + self.lane)
+            for j in range(self.t.column_fragments):
+                fragment = T.bind(stage * (self.t.columns // CHANNELS) + self._fragment(j)) * self.fragment
+                at = (ks * self.t.column_fragments + j) * self.count
+                for word in range(self.count):
+                    if self.dtype == "uint32":
+                        code = self.weights[fragment + place * self.count + word]
+                    else:
+                        code = self.weights[fragment + place // 2] >> (T.cast(place % 2, "uint32") * T.uint32(16))
+                    store(self.codes, code, at + word)
+
     def _decode(self, stage: Index, ks: int, j: int, first: int = 0) -> None:
         segments = len(self.table.segments)
-        fragment = T.bind(stage * (self.t.columns // CHANNELS) + self._fragment(j))
-        place = T.bind(ks * 32 + self.lane)
-        if self.dtype == "uint32":
-            codes = [self.weights[fragment * self.fragment + place * self.count + word] for word in range(self.count)]
-        else:
-            both = self.weights[fragment * self.fragment + place // 2]
-            codes = [both >> (T.cast(place % 2, "uint32") * T.uint32(16))]
-        codes = [vmath.keep(code) for code in codes]
+        at = (ks * self.t.column_fragments + j) * self.count
+        codes = [self.codes[at + word] for word in range(self.count)]
         for h in range(2):
             bytes_ = vmath.keep(self._bytes(codes, h, j))
             for kk in range(2):
-                scale = self.scales[2 * j + h]
                 if segments > 1:
                     chunk = (2 * self.step + ks) * 2 + kk
                     channels = T.bind(chunk % self.w.chunks[0] * float_products.VALUES)
                     group = T.min(tirx.truncdiv(channels, self.table.segments[0]), segments - 1)
                     channel = self._channel(T.bind(self.first_column // CHANNELS + self._fragment(j)), h)
-                    scale = vmath.keep(T.cast(self.b["scale"][channel * segments + group], "float32"))
-                pair = [self._weight(bytes_, 2 * kk + e, scale, 2 * j + h) for e in range(2)]
+                    self._set_scale(2 * j + h, self.b["scale"][channel * segments + group])
+                pair = [self._weight(bytes_, 2 * kk + e, 2 * j + h) for e in range(2)]
                 store(self.decoded, bfloat16.pair(*pair), first + 4 * j + 2 * h + kk)
 
-    def _weight(self, bytes_: Expr, i: int, scale: Expr, own: int) -> Expr:
-        """The weight that byte i codes, computed as `common.dequantize.dequantize_row` does."""
-        value = tirx.reinterpret("float32", byte_perm(bytes_, T.uint32(TWO_23), T.uint32(0x7440 + i)))
-        weight = vmath.mul(value - vmath.f32(2.0**23 + 128, 1), scale)
+    def _weight(self, bytes_: Expr, i: int, own: int) -> Expr:
+        """The weight that byte i codes, the float that `common.dequantize.dequantize_row` computes."""
+        word = byte_perm(bytes_, T.uint32(TWO_15), T.uint32(0x5404 + 16 * i))
+        if self.table.integers:
+            word = byte_perm(bytes_, T.uint32(TWO_7), T.uint32(0x5044 + 256 * i))
+        value = tirx.reinterpret("float32", word)
+        weight = vmath.fma(value, self.scales[own], self.taken_off[own])
         return weight if self.offsets is None else weight + self.offsets[own]
 
     def _bytes(self, codes: list[Expr], h: int, j: int) -> Expr:
-        """The levels of the 4 weights of a channel, and 128 each."""
+        """The levels of the 4 weights of a channel, and 128 each; or codes that are integers."""
         bits = self.table.bits
+        if self.table.integers:
+            return (codes[0] >> T.uint32(4) if h else codes[0]) & T.uint32(0x0F0F0F0F)
         if bits == 8:
             return T.bitwise_xor(codes[h], T.uint32(BIASED))
         size = 2**bits // 4

@@ -22,6 +22,7 @@ class DequantizeTable:
     classes:   tables; rows of 16 have a class where there are several
     offset:    the type in which offsets are stored, None without
     widths:    the bits of a code by class of row, where rows differ in them; the stream then has `code_bytes`
+    integers:  codes of 4 bits number integers without a gap, in each table, which `WeightOnly` decodes without it
     """
 
     rows: int
@@ -32,6 +33,11 @@ class DequantizeTable:
     offset: str | None = None
     widths: tuple[int, ...] = ()
     code_bytes: int = 0
+    integers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.integers and (self.bits != 4 or self.widths):
+            raise ValueError(f"codes of {self.widths or self.bits} bits are looked up, those of 4 may be integers")
 
 
 @dataclass(frozen=True)

@@ -176,11 +176,22 @@ class Kernel:
 
     # --------------------------------------------------------------------------------------------- activations
 
+    @property
+    def _whole(self) -> bool:
+        """Whether every step reads as many bytes, all of one tap: it then goes on from where the one before was."""
+        return len(self.p.segments) == 1 and self.p.channels % STEP == 0 and self.w.taps <= 32
+
     def _rows(self) -> None:
         """Find the rows and the chunk that a thread copies in every step: one chunk of some rows."""
         p, t = self.p, self.t
         self.copies = -(-t.rows * (STEP // CHUNK) // t.threads)
         self.chunk = T.bind(self.thread % (STEP // CHUNK))
+        if p.pointwise and self._whole:
+            self.pixel, self.inside = local(self.copies, "int32"), local(self.copies, "uint32")
+            for i in range(self.copies):
+                row = T.bind(self._copied_row(i))
+                store(self.pixel, T.Select(row < self.total, row, 0) * p.channels, i)
+                store(self.inside, T.cast(row < self.total, "uint32"), i)
         if not p.pointwise:
             self.pixel = local(self.copies, "int32")
             self.inside = local(self.copies * -(-self.w.taps // 32), "uint32")
@@ -244,7 +255,66 @@ class Kernel:
         swapped = T.bitwise_xor(self.chunk, local_row // 2 % 4)
         return T.bind(stage * (self.t.rows * STEP) + local_row * STEP + swapped * CHUNK)
 
+    def _seek(self, begin: Index) -> None:
+        """Find where the first step reads, of those that are whole."""
+        p, steps = self.p, self.p.channels // STEP
+        self.moved = local(1, "int32")
+        """From the first pixel of a row to what a step reads of it."""
+        tap = T.bind(tirx.truncdiv(begin, steps) if self.w.taps > 1 else tirx.IntImm("int32", 0))
+        within = T.bind(begin - tap * steps)
+        dy, dx = T.bind(tirx.truncdiv(tap, p.kernel[1])), T.bind(tirx.truncmod(tap, p.kernel[1]))
+        first = (dy * p.width + dx) * p.channels + within * STEP
+        store(self.moved, first + self.chunk * CHUNK, 0)
+        if self.w.taps == 1:
+            return
+        self.left = local(2, "int32")
+        """Steps of the tap, and taps of its line, from this one on."""
+        store(self.left, steps - within, 0)
+        store(self.left, p.kernel[1] - dx, 1)
+        for i in range(self.copies):
+            store(self.inside, self.inside[i] >> T.cast(tap, "uint32"), i)
+
+    def _load_whole(self, stage: Index) -> None:
+        """A whole step, and where the next one reads: taps of a line are neighbours, those of the next a line away."""
+        p = self.p
+
+        def copy(i: int) -> None:
+            target = self._target(T.bind(self._copied_row(i)), stage)
+            inside = vmath.keep(tirx.reinterpret("int32", self.inside[i] & T.uint32(1)))
+            source = self.pixel[i] + self.moved[0]
+            if not p.pointwise and self._has_border:
+                self._copy(target, self.b["x"], source, tirx.IntImm("int32", CHUNK), (inside, self.border[i]))
+            else:
+                self._copy(target, self.b["x"], source, inside * CHUNK)
+
+        self._each_copy(copy)
+        store(self.moved, self.moved[0] + STEP, 0)
+        if self.w.taps == 1:
+            return
+        store(self.left, self.left[0] - 1, 0)
+        with T.If(tirx.EQ(self.left[0], 0)), T.Then():
+            store(self.left, tirx.IntImm("int32", p.channels // STEP), 0)
+            for i in range(self.copies):
+                store(self.inside, self.inside[i] >> T.uint32(1), i)
+            store(self.left, self.left[1] - 1, 1)
+            with T.If(tirx.EQ(self.left[1], 0)), T.Then():
+                store(self.left, tirx.IntImm("int32", p.kernel[1]), 1)
+                store(self.moved, self.moved[0] + (p.width - p.kernel[1]) * p.channels, 0)
+
+    def _each_copy(self, copy: Callable[[int], None]) -> None:
+        """Makes the copies of a thread; of the last rows not every thread has one."""
+        whole = self.t.rows * (STEP // CHUNK) // self.t.threads
+        for i in range(self.copies):
+            if i < whole:
+                copy(i)
+                continue
+            with T.If(self._copied_row(i) < self.first_row + self.t.rows), T.Then():
+                copy(i)
+
     def _load_activations(self, step: Index, stage: Index) -> None:
+        if self._whole:
+            self._load_whole(stage)
+            return
         p, w = self.p, self.w
         unit = T.bind(step * (STEP // UNIT) + self.chunk // 2)
         number = T.bind(step * (STEP // CHUNK) + self.chunk)  # of the chunk
@@ -284,13 +354,7 @@ class Kernel:
             border = self._zero_points(i, segment) if self.several else self.border[i]
             self._copy(target, self.b["x"], source, count, (inside, border))
 
-        whole_copies = self.t.rows * (STEP // CHUNK) // self.t.threads
-        for i in range(self.copies):
-            if i < whole_copies:
-                copy(i)
-                continue
-            with T.If(self._copied_row(i) < self.first_row + self.t.rows), T.Then():
-                copy(i)
+        self._each_copy(copy)
 
     def _split(self, number: Any, chunks: int) -> tuple[Any, Any]:
         """(tap, first channel) of a chunk of a segment."""
@@ -388,6 +452,8 @@ class Kernel:
             self._load_weights(step, stage)
 
         begin, steps = self._steps()
+        if self._whole:
+            self._seek(begin)
         ahead_by = t.stages - 1 - self.pending
         for step in range(ahead_by):
             if step < w.steps // self.most_splits:
@@ -411,6 +477,7 @@ class Kernel:
             self.step = begin + step
 
             def multiply() -> None:
+                self._begin_step(stage)
                 for ks in range(STEP // UNIT):
                     self._unit(stage, ks)
                     self._end_of_segment(T.bind(step * (STEP // UNIT) + ks), ks)
@@ -429,6 +496,9 @@ class Kernel:
     def _land(self, stages: int) -> None:
         """The thread's copies are there, but for those of the last stages asked for."""
         T.evaluate(T.ptx.cp.async_.wait_group(stages))
+
+    def _begin_step(self, stage: Index) -> None:
+        """Does what a step begins with, before products of the last one are waited for."""
 
     def _wait(self) -> None:
         """Waits for products that are asynchronous."""
