@@ -190,6 +190,22 @@ PRODUCTS: Mutants = {
     "the first channel": ("p.channels + group * depth + c", "p.channels + group * depth"),
     "without stride": ("i * p.stride[0] + dy", "i + dy"),
 }
+WHOLE_STEPS: Mutants = {
+    "the border of the first tap": ("self.inside[i] >> T.uint32(1), i)", "self.inside[i], i)"),
+    "stays in its line": ("(p.width - p.kernel[1]) * p.channels", "0 * p.channels"),
+    "a tap too long": ('IntImm("int32", p.channels // STEP)', 'IntImm("int32", p.channels // STEP + 1)'),
+    "a line too long": ('IntImm("int32", p.kernel[1])', 'IntImm("int32", p.kernel[1] + 1)'),
+    "the same step again": ("self.moved[0] + STEP, 0)", "self.moved[0], 0)"),
+    "the first row": ("self.pixel[i] + self.moved[0]", "self.pixel[0] + self.moved[0]"),
+    "the first chunk": ("first + self.chunk * CHUNK", "first"),
+}
+SHARED_STEPS: Mutants = {
+    "begins at the first tap": ("(dy * p.width + dx) * p.channels + within * STEP", "within * STEP"),
+    "begins with a tap": ("p.channels + within * STEP", "p.channels"),
+    "a first tap too long": ("store(self.left, steps - within, 0)", "store(self.left, steps, 0)"),
+    "a first line too long": ("p.kernel[1] - dx, 1)", "p.kernel[1], 1)"),
+    "begins with the border of the first tap": ('>> T.cast(tap, "uint32")', ">> T.uint32(0)"),
+}
 FLOAT_PRODUCTS: Mutants = {
     "pairs turned": ("values[e : e + BYTES]", "reversed(values[e : e + BYTES])"),
     "the first values": ("values_of(x, i * together + first, read)", "values_of(x, i * together, read)"),
@@ -439,6 +455,8 @@ def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
 
 
 CONV = QuantMatmul(9, 11, 36, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)  # its last step as well
+STEADY = QuantMatmul(9, 11, 128, 60, (3, 3), (1, 2), (1, 1, 1, 1), bits=4, groups=3)  # whole steps, two of a tap
+DEEP = QuantMatmul(3, 4, 192, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)  # its second half begins in a tap
 WIDE = QuantMatmul.linear((130,), 362, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
 LONG = QuantMatmul.linear((5,), 1612, 60, bits=4, groups=3, has_offset=True)
 ROWS = norms_problems.LayerNorm(7, 2100, eps=1e-2)  # by a block of threads each
@@ -512,6 +530,8 @@ def _codes(problem: WeightOnly) -> list[np.ndarray]:
 
 SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
+    "whole steps": Subject(gemm, WHOLE_STEPS, lambda m, n: m.build(STEADY, n), lambda: _product(STEADY)),
+    "shared steps": Subject(gemm, SHARED_STEPS, lambda m, n: m.build(DEEP, n), lambda: _product(DEEP)),
     "wgmma": Subject(wgmma, WGMMA, lambda m, n: m.build(WIDE, n), lambda: _product(WIDE)),
     "split wgmma": Subject(wgmma, SPLIT_WGMMA, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
