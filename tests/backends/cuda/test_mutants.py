@@ -233,8 +233,8 @@ WEIGHT_ONLY: Mutants = {
     "levels without a sign": ("word], T.uint32(BIASED))", "word], T.uint32(0))"),
     "a byte off by one": ("2.0**15 + 128", "2.0**15 + 127"),
     "bytes turned": ("0x5404 + 16 * i)", "0x5404 + 16 * (3 - i))"),
-    "one scale for two chunks": ("(2 * self.step + ks) * 2 + kk", "(2 * self.step + ks) * 2"),
-    "scales of the first step": ("(2 * self.step + ks) * 2 + kk", "ks * 2 + kk"),
+    "one scale for two chunks": ("(2 * self.step + ks) * 2 + kk)", "(2 * self.step + ks) * 2)"),
+    "scales of the first step": ("(2 * self.step + ks) * 2 + kk)", "ks * 2 + kk)"),
     "the scale of another channel": ("8 * h + self.lane // 4)", "self.lane // 4)"),
     "no offset": ("return weight if self.offsets is None", "return weight if True"),
     "the offset of another channel": ("self.offsets[own]", "self.offsets[own // 2 * 2]"),
@@ -245,6 +245,11 @@ INTEGERS: Mutants = {
     "halves turned": ("codes[0] >> T.uint32(4) if h else", "codes[0] >> T.uint32(4) if not h else"),
     "codes turned": ("0x5044 + 256 * i", "0x5044 + 256 * (3 - i)"),
     "half of 128": ("first - vmath.f32(128.0, 1)", "first - vmath.f32(64.0, 1)"),
+}
+GROUPS: Mutants = {
+    "the scales of the first group": ("T.bind(self.step * (STEP // CHUNK))", "T.bind(self.step * 0)"),
+    "groups twice as long": ("segments[0] // float_products.VALUES\n", "segments[0] // float_products.VALUES * 2\n"),
+    "no scales where another block ended": ("tirx.any(begins, tirx.EQ(self.step, self.first_step))", "begins"),
 }
 HOPPER_WEIGHT_ONLY: Mutants = {
     "bytes without a sign": ("codes[h], T.uint32(BIASED)", "codes[h], T.uint32(0)"),
@@ -476,6 +481,7 @@ CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (
 
 
 WHOLES = WeightOnly(SHARED, DequantizeTable(70, 1600, (1600,), 4, 2, integers=True))
+GROUPED = WeightOnly(SHARED, DequantizeTable(70, 1600, (320,) * 5, 4))
 STORED = WeightOnly(SHARED, DequantizeTable(70, 1600, (1600,), 8))
 
 
@@ -558,6 +564,7 @@ SUBJECTS = {
         lambda m, n: m.build_on_hopper(STORED, n),
         lambda: _codes(STORED),
     ),
+    "groups": Subject(weight_only, GROUPS, lambda m, n: m.build_on_hopper(GROUPED, n), lambda: _codes(GROUPED)),
     "integers": Subject(weight_only, INTEGERS, lambda m, n: m.build(WHOLES, n), lambda: _codes(WHOLES)),
     "pack floats": Subject(
         float_products,

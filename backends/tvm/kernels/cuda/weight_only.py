@@ -29,7 +29,7 @@ from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.lookup import byte_perm, looked_up
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc
-from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, STEP, UNIT, Fragments
+from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import dequantize
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
@@ -195,8 +195,32 @@ class Codes(float_products.Floats):
         store(self.scales, value, own)
         store(self.taken_off, vmath.mul(value, self.bias[own // 2]), own)
 
+    @property
+    def _one_group(self) -> bool:
+        """Whether all channels of a step have their scale in common, of several groups."""
+        each, aligned = STEP // float_products.BYTES, self.w.taps == 1 or self.p.channels % STEP == 0
+        return len(self.table.segments) > 1 and self.table.segments[0] % each == 0 and aligned
+
+    def _set_scales(self, j: int, h: int, chunk: Index) -> None:
+        """The scale of the group that a chunk belongs to."""
+        segments = self.table.segments
+        channels = T.bind(chunk % self.w.chunks[0] * float_products.VALUES)
+        group = T.bind(T.min(tirx.truncdiv(channels, segments[0]), len(segments) - 1))
+        channel = self._channel(T.bind(self.first_column // CHANNELS + self._fragment(j)), h)
+        self._set_scale(2 * j + h, self.b["scale"][channel * len(segments) + group])
+
     def _begin_step(self, stage: Index) -> None:
-        """Read the codes of a step, which then are on their way while products are waited for."""
+        """Read the codes of a step, which then are on their way while products are waited for.
+
+        Where it is the first of a group, its scales too.
+        """
+        if self._one_group:
+            chunk, group = T.bind(self.step * (STEP // CHUNK)), self.table.segments[0] // float_products.VALUES
+            begins = tirx.EQ(tirx.truncmod(tirx.truncmod(chunk, self.w.chunks[0]), group), 0)
+            with T.If(tirx.any(begins, tirx.EQ(self.step, self.first_step))), T.Then():
+                for j in range(self.t.column_fragments):
+                    for h in range(2):
+                        self._set_scales(j, h, chunk)
         for ks in range(STEP // UNIT):
             place = T.bind(ks * 32 + self.lane)
             for j in range(self.t.column_fragments):
@@ -210,18 +234,14 @@ class Codes(float_products.Floats):
                     store(self.codes, code, at + word)
 
     def _decode(self, stage: Index, ks: int, j: int, first: int = 0) -> None:
-        segments = len(self.table.segments)
+        each_chunk = len(self.table.segments) > 1 and not self._one_group
         at = (ks * self.t.column_fragments + j) * self.count
         codes = [self.codes[at + word] for word in range(self.count)]
         for h in range(2):
             bytes_ = vmath.keep(self._bytes(codes, h, j))
             for kk in range(2):
-                if segments > 1:
-                    chunk = (2 * self.step + ks) * 2 + kk
-                    channels = T.bind(chunk % self.w.chunks[0] * float_products.VALUES)
-                    group = T.min(tirx.truncdiv(channels, self.table.segments[0]), segments - 1)
-                    channel = self._channel(T.bind(self.first_column // CHANNELS + self._fragment(j)), h)
-                    self._set_scale(2 * j + h, self.b["scale"][channel * segments + group])
+                if each_chunk:
+                    self._set_scales(j, h, (2 * self.step + ks) * 2 + kk)
                 pair = [self._weight(bytes_, 2 * kk + e, 2 * j + h) for e in range(2)]
                 store(self.decoded, bfloat16.pair(*pair), first + 4 * j + 2 * h + kk)
 

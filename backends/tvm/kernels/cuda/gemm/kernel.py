@@ -104,6 +104,7 @@ class Kernel:
         self.most_splits = most_splits
         self.step: Index = 0
         """That is multiplied."""
+        self.first_step: Index = 0
 
     def emit(self, batch: Any) -> None:
         t, p = self.t, self.p
@@ -452,6 +453,7 @@ class Kernel:
             self._load_weights(step, stage)
 
         begin, steps = self._steps()
+        self.first_step = begin
         if self._whole:
             self._seek(begin)
         ahead_by = t.stages - 1 - self.pending
