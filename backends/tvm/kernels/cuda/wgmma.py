@@ -92,8 +92,10 @@ class Kernel(kernel.Kernel):
     """The integer product on wgmma: weights are decoded in registers, activations lie in shared memory."""
 
     x_align, asynchronous, pending, together = PERIOD, True, 1, 4
-    terms, signs = "k32.s32.s8.u8", ()
-    """Of the instruction: its values of k and types; operands behind whether it adds to its sums."""
+    terms = "k32.s32.s8.u8"
+    """Of the instruction: its values of k, and types."""
+    signs: tuple[int, ...] = ()
+    """Its operands behind that which says whether it adds to its sums."""
 
     def _allocate(self) -> None:
         super()._allocate()
