@@ -24,6 +24,11 @@ class Fitted(NamedTuple):
     functions: list[Function]
 
 
+def output_shape(functions: Sequence[Function]) -> tuple[int, ...]:
+    """The shape of the output of a sample, by the functions that take a call; others are for other sizes."""
+    return tuple(int(extent or 0) for extent in functions[0]["output"]["shape"][1:])
+
+
 @dataclass(frozen=True)
 class Kind:
     """A kind of calls that an artifact takes; there is one, without a form, where a model is called by its inputs."""

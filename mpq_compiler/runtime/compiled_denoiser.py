@@ -20,7 +20,7 @@ from mpq_compiler.artifact.bundle import Artifact
 from mpq_compiler.artifact.manifest import Function
 from mpq_compiler.artifact.signature import Trust
 from mpq_compiler.runtime import checks, covered, forks, instances, lora, on_gpu, pretrained
-from mpq_compiler.runtime.calls import Fitted, Kind, kinds_of, parts_of
+from mpq_compiler.runtime.calls import Fitted, Kind, kinds_of, output_shape, parts_of
 from mpq_compiler.runtime.cuda import CudaMachine
 from mpq_compiler.runtime.lora import LoadedLora
 from mpq_compiler.runtime.memo import REUSE_BYTES
@@ -417,7 +417,7 @@ class CompiledDenoiser:
         make = partial(self._steps_there, machine, as_torch)
         steps = self._steps_of_block("as torch" if as_torch else "there", make)
         if steps is None or on_gpu.stream_of(machine.device)[1]:  # what is captured is computed whole
-            (found,) = self._run_there(tensors, fitted, machine, as_torch, [self._output_shape])
+            (found,) = self._run_there(tensors, fitted, machine, as_torch, [output_shape(fitted.functions)])
             return found
         inputs = {**fitted.arrays, **tensors}
         if "timestep" in tensors:
@@ -570,7 +570,7 @@ class CompiledDenoiser:
         if schedule.node == OUTPUT:
             return KeptSteps(schedule, of_outputs(self.run), self.input_names[0])
         keeping, reusing = (partial(self._run_of, kind) for kind in self._kinds_of_reuse(reuse))
-        functions = of_compiled(self.run, keeping, reusing, self._output_shape, tuple(reuse["shape"]))
+        functions = of_compiled(self.run, keeping, reusing, output_shape(self._kinds[0].functions), tuple(reuse["shape"]))
         return KeptSteps(schedule, functions, self.input_names[0])
 
     def _steps_there(self, machine: CudaMachine, as_torch: bool) -> KeptSteps | None:
@@ -581,7 +581,7 @@ class CompiledDenoiser:
         reuse = self.manifest.get("reuse")
         if reuse is None or (reuse["node"] == OUTPUT and not as_torch):
             return None
-        schedule, output, latent = Schedule.from_json(reuse), self._output_shape, self.input_names[0]
+        schedule, output, latent = Schedule.from_json(reuse), output_shape(self._kinds[0].functions), self.input_names[0]
 
         def called(kind: Kind, inputs: Mapping[str, Value], *shapes: tuple[int, ...]) -> list[Value]:
             tensors = {name: value for name, value in inputs.items() if isinstance(value, OnGpu)}
@@ -637,11 +637,6 @@ class CompiledDenoiser:
         found: Steps = steps[where]
         return found
 
-    @property
-    def _output_shape(self) -> tuple[int, ...]:
-        """The shape of the output of a sample."""
-        return tuple(int(extent or 0) for extent in self._kinds[0].functions[0]["output"]["shape"][1:])
-
     def _run_of(self, kind: Kind, inputs: Mapping[str, Value]) -> np.ndarray:
         """The output of the functions of a kind."""
         return self._run(kind.fitted(inputs, self._devices))
@@ -656,7 +651,7 @@ class CompiledDenoiser:
             if type(arrays[assumed["input"]]) is np.ndarray:  # else its values are not known yet (`recording`)
                 checks.require_token(assumed, arrays[assumed["input"]])
         if out is not None:
-            checks.require_room(out, (batch, *(int(extent or 0) for extent in fitting[0]["output"]["shape"][1:])))
+            checks.require_room(out, (batch, *output_shape(fitting)))
         schedule, found = parts_of(batch, fitting), []
         forks.give_way()
         with self._unforked, self._lock:
