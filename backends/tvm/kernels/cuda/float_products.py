@@ -87,7 +87,7 @@ def build(problem: Product, name: str) -> PrimFunc:
 
 
 def build_on_hopper(problem: Product, name: str) -> PrimFunc:
-    """The same kernel on `wgmma`."""
+    """The kernel of Hopper, by `wgmma`, called as that of `build`."""
     return _built(problem, name, wgmma.tile, OnHopper)
 
 

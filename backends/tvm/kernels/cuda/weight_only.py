@@ -118,7 +118,7 @@ def build(problem: WeightOnly, name: str) -> PrimFunc:
 
 
 def build_on_hopper(problem: WeightOnly, name: str) -> PrimFunc:
-    """The same kernel on `wgmma`."""
+    """The kernel of Hopper, by `wgmma`, called as that of `build`."""
     return built(problem, name, wgmma.tile, OnHopper)
 
 

@@ -93,9 +93,9 @@ class Kernel(kernel.Kernel):
 
     x_align, asynchronous, pending, together = PERIOD, True, 1, 4
     terms = "k32.s32.s8.u8"
-    """Of the instruction: its values of k, and types."""
+    """The end of the name of the instruction: its values of k, and types."""
     signs: tuple[int, ...] = ()
-    """Its operands behind that which says whether it adds to its sums."""
+    """The operands behind that which says whether it adds to its sums."""
 
     def _allocate(self) -> None:
         super()._allocate()
