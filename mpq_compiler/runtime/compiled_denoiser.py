@@ -570,7 +570,8 @@ class CompiledDenoiser:
         if schedule.node == OUTPUT:
             return KeptSteps(schedule, of_outputs(self.run), self.input_names[0])
         keeping, reusing = (partial(self._run_of, kind) for kind in self._kinds_of_reuse(reuse))
-        functions = of_compiled(self.run, keeping, reusing, output_shape(self._kinds[0].functions), tuple(reuse["shape"]))
+        output = output_shape(self._kinds[0].functions)
+        functions = of_compiled(self.run, keeping, reusing, output, tuple(reuse["shape"]))
         return KeptSteps(schedule, functions, self.input_names[0])
 
     def _steps_there(self, machine: CudaMachine, as_torch: bool) -> KeptSteps | None:
@@ -581,7 +582,8 @@ class CompiledDenoiser:
         reuse = self.manifest.get("reuse")
         if reuse is None or (reuse["node"] == OUTPUT and not as_torch):
             return None
-        schedule, output, latent = Schedule.from_json(reuse), output_shape(self._kinds[0].functions), self.input_names[0]
+        schedule, latent = Schedule.from_json(reuse), self.input_names[0]
+        output = output_shape(self._kinds[0].functions)
 
         def called(kind: Kind, inputs: Mapping[str, Value], *shapes: tuple[int, ...]) -> list[Value]:
             tensors = {name: value for name, value in inputs.items() if isinstance(value, OnGpu)}
