@@ -93,13 +93,13 @@ class Layer:
             padding=(1, 1, 1, 1), epilogue=REQUANTIZED, **own,
         )  # fmt: skip
 
-    def weight_only(self, integers: bool = True) -> WeightOnly:
+    def weight_only(self) -> WeightOnly:
         floats = {"packed": True, "numerics": BF16}
         made: Linear | Conv2d = Conv2d(self.height, self.width, self.channels, self.outputs, **floats)
         if self.linear:
             made = Linear(self.height, self.channels, self.outputs, **floats)
         columns = self.kernel**2 * self.channels
-        return WeightOnly(made, DequantizeTable(self.outputs, columns, (self.channels,), 4, integers=integers))
+        return WeightOnly(made, DequantizeTable(self.outputs, columns, (self.channels,), 4, integers=True))
 
     def macs(self, batch: int) -> float:
         return batch * self.problem(8).rows * self.kernel**2 * self.channels * self.outputs

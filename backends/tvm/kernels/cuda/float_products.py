@@ -83,21 +83,32 @@ def pack_arguments(problem: Product) -> list[Argument]:
 
 def build(problem: Product, name: str) -> PrimFunc:
     """The kernel ``name(*arguments(problem), *workspaces(problem))``."""
-    return _built(problem, name, lambda own: tiles.tile(own, TILES), Kernel)
+    return built(problem, arguments(problem), name, lambda own: tiles.tile(own, TILES), Kernel)
 
 
 def build_on_hopper(problem: Product, name: str) -> PrimFunc:
     """The kernel of Hopper, by `wgmma`, called as that of `build`."""
-    return _built(problem, name, wgmma.tile, OnHopper)
+    return built(problem, arguments(problem), name, wgmma.tile, OnHopper)
 
 
-def _built(problem: Product, name: str, tile: Callable[[QuantMatmul], Tile], made: type[kernel.Kernel]) -> PrimFunc:
+def built(
+    problem: Product,
+    given: list[Argument],
+    name: str,
+    tile: Callable[[QuantMatmul], Tile],
+    make: Callable[..., kernel.Kernel],
+) -> PrimFunc:
+    """The kernel of a product that is called with buffers as given, and its workspaces.
+
+    tile: chosen for the product in bytes; make: the arguments of `kernel.Kernel` -> the kernel
+    """
+
     def body(batch: Any, buffers: Buffers) -> None:
         own = replace(in_bytes(problem), epilogue=problem.epilogue)
         named = buffers | {"tiles": buffers["weight"], "out": buffers["y"], "x": rounded(own, batch, buffers)}
-        made(own, tile(own), named, splits(own)).emit(batch)
+        make(own, tile(own), named, splits(own)).emit(batch)
 
-    return primfunc(name, [*arguments(problem), *workspaces(problem)], body)
+    return primfunc(name, [*given, *workspaces(problem)], body)
 
 
 def rounded(own: QuantMatmul, batch: Any, buffers: Buffers) -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from tvm import tirx
@@ -124,13 +125,7 @@ def build_on_hopper(problem: WeightOnly, name: str) -> PrimFunc:
 
 def built(problem: WeightOnly, name: str, tile: Callable[[QuantMatmul], Tile], made: type[Codes]) -> PrimFunc:
     """The kernel of a kind, whose tile is chosen for the product in bytes."""
-
-    def body(batch: Any, buffers: Buffers) -> None:
-        own = replace(float_products.in_bytes(problem.product), epilogue=problem.product.epilogue)
-        named = buffers | {"out": buffers["y"], "x": float_products.rounded(own, batch, buffers)}
-        made(problem.table, own, tile(own), named, float_products.splits(own)).emit(batch)
-
-    return primfunc(name, [*arguments(problem), *workspaces(problem)], body)
+    return float_products.built(problem.product, arguments(problem), name, tile, partial(made, problem.table))
 
 
 class Codes(float_products.Floats):

@@ -91,7 +91,7 @@ def tile(problem: QuantMatmul) -> Tile:
 class Kernel(kernel.Kernel):
     """The integer product on wgmma: weights are decoded in registers, activations lie in shared memory."""
 
-    x_align, asynchronous, pending, together = PERIOD, True, 1, 4
+    x_align, asynchronous, together = PERIOD, True, 4
     terms = "k32.s32.s8.u8"
     """The end of the name of the instruction: its values of k, and types."""
     signs: tuple[int, ...] = ()

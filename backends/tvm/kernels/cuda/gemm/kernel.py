@@ -82,13 +82,12 @@ class Kernel:
     """A product in a tile. The one in bfloat16 (`float_products`) has others where it says so.
 
     instruction: of the tensor cores; sum_type: of its results' registers; x_align: bytes, of activations where it reads
-    asynchronous: whether products go on while copies are asked for, until `_wait`
-    pending: steps whose products may still read their stage when the next step begins
+    asynchronous: whether products of a step may still read its stage when the next begins; all are done behind `_wait`
     together: neighbouring results, so many at most, that wait side by side (`_staged`)
     most_splits: `most_splits` of a product of integers; sums of floats have an order
     """
 
-    instruction, sum_type, x_align, asynchronous, pending, together = MMA, "uint32", 64, False, 0, 1
+    instruction, sum_type, x_align, asynchronous, together = MMA, "uint32", 64, False, 1
 
     def __init__(self, problem: QuantMatmul, tile: Tile, buffers: Buffers, most_splits: int = 1) -> None:
         self.p, self.t, self.w = problem, tile, Fragments(problem)
@@ -456,7 +455,7 @@ class Kernel:
         self.first_step = begin
         if self._whole:
             self._seek(begin)
-        ahead_by = t.stages - 1 - self.pending
+        ahead_by = t.stages - 1 - self.asynchronous
         for step in range(ahead_by):
             if step < w.steps // self.most_splits:
                 load(begin + step, step)
@@ -487,13 +486,10 @@ class Kernel:
             if self.asynchronous:
                 multiply()
                 load_ahead()
-                if not self.pending:
-                    self._wait()
             else:
                 load_ahead()
                 multiply()
-        if self.pending:
-            self._wait()
+        self._wait()
 
     def _land(self, stages: int) -> None:
         """The thread's copies are there, but for those of the last stages asked for."""
