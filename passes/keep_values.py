@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
+
 from mpq_compiler.analysis.noise_power import rounded
 from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES, Drawing, MarkedDrawing, relative_error
+from mpq_compiler.analysis.trajectory_error import PART
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.findings import ALLOCATION
 from mpq_compiler.ir.program import Program, TensorStore
 from mpq_compiler.ir.reuse import LEAST, REUSE, cuts, mark
+from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.sampling.reuse import Schedule, sources_of
+from mpq_compiler.sampling.reuse import SLOTS, Schedule, sources_of
 from mpq_compiler.support.errors import UserError
+
+NUMBERS, FEWEST, MOST = 25_000, 4, 32
+"""The numbers that the images have in sum by which weights are fitted, and the fewest and the most images."""
+
+
+def images_of(size: int) -> int:
+    """The images by which weights are fitted, by the numbers of one."""
+    return min(max(-(-NUMBERS // size), FEWEST), MOST)
 
 
 @dataclass(frozen=True)
@@ -24,10 +37,12 @@ class KeepValues(Pass):
 
     It is the identity: a step that computes all is what it would be without. Of the packed program there are two more
     then, of a step that puts the value out too and of one that takes it from earlier steps and computes what is left
-    (`ir.reuse`). With the plan's bits images are drawn, by which the weights of kept values are fitted
-    (`MarkedDrawing.fitted`), and what all of it loses is measured, beside the sum of the losses that chose it. With
-    ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858); a model without time, such as the text
-    encoder of a pipeline, keeps nothing. Where nothing can be drawn values are extrapolated, with a note.
+    (`ir.reuse`). By images of the float model the weights of kept values are fitted, of each step and then of all
+    together (`MarkedDrawing.fitted`, `MarkedDrawing.refined`); with the plan's bits images are drawn by both, and those
+    that come nearer to the float model's are taken. What all of it loses is measured, beside the sum of the losses that
+    chose it, and beside what bits lose. With ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858);
+    a model without time, such as the text encoder of a pipeline, keeps nothing. Where nothing can be drawn values are
+    extrapolated, with a note.
 
         %up_blocks_1_resnets_0_add_1          = aten.add(%up_blocks_1_resnets_0_conv_shortcut, ...)
       =>
@@ -47,16 +62,20 @@ class KeepValues(Pass):
     share: float = 1.0
     """The most that a step leaves out, of the multiplications; with ``every``."""
     steps: int = 20
-    """Sampling steps; with ``every``."""
-    images: int = 16
-    """Images by which weights are fitted, and what all that was decided loses together is measured."""
+    """Sampling steps, for which the schedule is made."""
+    images: int = 0
+    """Images by which weights are fitted, and what all that was decided loses together is measured; 0: as many as have
+    `NUMBERS` numbers, of `FEWEST` to `MOST`."""
+    rounds: int = 6
+    """How often the weights of all steps are fitted together, at most; 0 leaves those of each step by itself."""
 
     def __post_init__(self) -> None:
         self.require("every", 0)
         self.require("begin", 0, 1)
         self.require("share", 0, 1)
         self.require("steps", 2)
-        self.require("images", 1)
+        self.require("images", 0)
+        self.require("rounds", 0)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
@@ -69,26 +88,54 @@ class KeepValues(Pass):
             return program
         measured = None
         if session.denoiser is not None and session.denoiser.conditioning.possible:
-            chosen, error = self._fitted(program, chosen, session)
+            chosen, found = self._fitted(program, chosen, session)
             program.facts[REUSE] = chosen
             losses, plan = program.facts.get(REUSE_LOSSES), program.facts.get(ALLOCATION, {}).get("reuse")
             if losses is not None and plan is not None and not self.every:
-                measured = rounded(error / losses.gain)
-                program.facts[ALLOCATION] |= {"reuse": plan | {"measured": measured}}
+                measured = found | {"measured": rounded(found["measured"] / losses.gain)}
+                program.facts[ALLOCATION] |= {"reuse": plan | measured}
         else:
             program.note("keep-values: nothing can be drawn here, and values are extrapolated by the timestep")
         mark(program, chosen.node)
         provenance.note(program, provenance.PROGRAM, self.name(), reuse=chosen.to_json(), measured=measured)
         return program
 
-    def _fitted(self, program: Program, schedule: Schedule, session: Session) -> tuple[Schedule, float]:
-        """The schedule with fitted weights, and its noise power beside the plan's images with every step computed."""
-        marked = realize(program.fork(tensors=TensorStore(program.tensors)), session)
+    def _fitted(self, program: Program, schedule: Schedule, session: Session) -> tuple[Schedule, dict[str, float]]:
+        """The schedule with fitted weights, and relative noise powers of images.
+
+        ``measured`` is that of reuse in the float model, ``noise`` that of the plan's bits, ``noise_reusing`` that of
+        both together.
+        """
+        drawing = self._drawing(session, len(schedule.timesteps))
+        marked = program.fork()
         mark(marked, schedule.node)
-        drawing = Drawing(session, len(schedule.timesteps), self.images)
         drawn = MarkedDrawing(drawing, marked, schedule.kept)
-        found, latents = drawn.fitted(schedule)
-        return found, relative_error(latents, drawn.whole)
+        found = [drawn.fitted(schedule)]
+        if self.rounds:
+            found.append(drawn.refined(found[0][0], self.rounds))
+        quantized = realize(program.fork(tensors=TensorStore(program.tensors)), session)
+        mark(quantized, schedule.node)
+        of_bits = MarkedDrawing(drawing, quantized, schedule.kept)
+        noises = [relative_error(of_bits.by(each), drawn.whole) for each, _ in found]
+        best = int(np.argmin(noises))
+        fitted, latents = found[best]
+        return fitted, {
+            "measured": relative_error(latents, drawn.whole),
+            "noise": rounded(relative_error(of_bits.whole, drawn.whole)),
+            "noise_reusing": rounded(noises[best]),
+        }
+
+    def _drawing(self, session: Session, steps: int) -> Drawing:
+        """The drawing of as many images as the options say."""
+        assert session.denoiser is not None
+        return Drawing(session, steps, self.images or images_of(math.prod(session.denoiser.latent_shape)))
+
+    def demand(self, asked: Asked) -> Demand:
+        if not asked.draws:
+            return Demand()
+        images = self.images or images_of(asked.sizes.latents)
+        moved = SLOTS * self.steps // 2 * self.steps // 4  # half of the steps reuse; of the others half are behind one
+        return asked.running(images, PART) * (self.rounds * (moved + self.steps) + 4 * self.steps)
 
     def _by_hand(self, program: Program, session: Session) -> Schedule:
         """The schedule of the options. UserError: no value stands for a part of the network worth keeping."""

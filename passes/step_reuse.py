@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import numpy as np
+
 from mpq_compiler import formats
 from mpq_compiler.analysis.noise_power import noise_of_program, rounded
 from mpq_compiler.analysis.reuse_losses import (
@@ -35,16 +37,17 @@ GAIN = "gain"
 
 @dataclass(frozen=True)
 class StepReuse(Pass):
-    """Measures, for cuts of the network and steps in a row, what reuse costs the images of the quantized model.
+    """Measures, for cuts of the network and steps in a row, what reuse costs images.
 
     Deep parts of a denoiser change little from step to step (DeepCache, arXiv 2312.00858), and so does what it puts
     out (AdaptiveDiffusion, arXiv 2410.09873). Candidates come from the graph alone (`ir.reuse.cuts`): the whole
     network, the inner part of a UNet behind each skip, the blocks of a transformer. For each, one, two, three ...
     steps in a row take a sum of the last three values that were computed, with the weights that come nearest to
     what would be computed there (`MarkedDrawing.fitted`), at a few places of the schedule; losses at others lie
-    between. A plain plan, one weight format and one width, quantizes: reuse may amplify its noise, and weights and
-    losses have that in them. Losses are in the unit of `sensitivity`, so that the program of `bit-allocation` sums
-    them with those of bits.
+    between. That is of the float model: the program of `bit-allocation` sums losses of reuse and of bits, and by images
+    of quantized weights those of reuse would have noise in them that stands in place of other noise. Losses are in the
+    unit of `sensitivity`, by the ratio of both for a plain plan, one weight format and one width. What reuse makes of
+    the noise of bits is measured with the plan that is chosen (`keep-values`).
 
         (no change; facts["reuse-losses"] holds the loss of each number of steps in a row, from each step on)
       =>
@@ -68,9 +71,9 @@ class StepReuse(Pass):
     images: int = 16
     """Images to draw."""
     weights: str = "int4"
-    """Format of all weights while losses are measured."""
+    """Format of all weights where the unit of losses is measured."""
     activations: int = 8
-    """Width of all activations while losses are measured; a budget of activations takes its own."""
+    """Width of all activations where the unit of losses is measured; a budget of activations takes its own."""
 
     def __post_init__(self) -> None:
         formats.get(self.weights)
@@ -102,7 +105,7 @@ class StepReuse(Pass):
     ) -> tuple[dict[reuse.Cut, dict[Gap, float]], float]:
         """The losses, and the noise power of images over their unit; the cache keeps them."""
         inputs = program.facts[SENSITIVITY].get("inputs", 1)
-        about = f"reuse 2 {self.options()} {session.seed} {inputs}"
+        about = f"reuse 3 {self.options()} {session.seed} {inputs}"
         key = fingerprint(program, program.facts[CALIBRATION].select(inputs), about)
         results = cache.Results("sensitivity", key, session.cache)
         gaps = some_gaps(self.steps, self.places)
@@ -124,26 +127,29 @@ class StepReuse(Pass):
     ) -> None:
         """Draws by every gap, and adds its loss to the results; the first of all is the gain."""
         drawing = Drawing(session, self.steps, self.images)
-        denoiser = drawing.denoiser
-        expected = drawing.draw(lambda **inputs: denoiser(**inputs).numpy())
-        plan = uniform(self.weights, activations=float(self.activations))
-        simulated = realize(plan.run(program, replace(session, progress=None, latency=None)), session)
         with session.track("drawing with reuse", len(names)) as advance:
             for cut in cuts:
-                marked = simulated.fork()
+                marked = program.fork()
                 reuse.mark(marked, cut.node)
                 schedules = {
                     name: schedule_of_one(cut, drawing.timesteps, gap) for (of, gap), name in names.items() if of is cut
                 }
                 drawn = MarkedDrawing(drawing, marked, set().union(*(s.kept for s in schedules.values())))
                 if GAIN not in results:
-                    noise = noise_of_program(program, simulated, inputs, session)
-                    results[GAIN] = rounded(relative_error(drawn.whole, expected) / noise)
+                    results[GAIN] = self._gain(program, drawing, drawn.whole, inputs)
                 for name, schedule in schedules.items():
                     if name not in results:
                         _, latents = drawn.fitted(schedule)
                         results[name] = rounded(relative_error(latents, drawn.whole) / results[GAIN])
                     advance(1)
+
+    def _gain(self, program: Program, drawing: Drawing, expected: np.ndarray, inputs: int) -> float:
+        """The noise power of images over the unit of `sensitivity`, of a plain plan."""
+        session = drawing.session
+        plan = uniform(self.weights, activations=float(self.activations))
+        simulated = realize(plan.run(program, replace(session, progress=None, latency=None)), session)
+        latents = drawing.draw(lambda **inputs: drawing.run(simulated, inputs))
+        return rounded(relative_error(latents, expected) / noise_of_program(program, simulated, inputs, session))
 
     def demand(self, asked: Asked) -> Demand:
         if not asked.draws:

@@ -260,12 +260,13 @@ def _predicted(about: dict[str, Any]) -> str:
 
 def _reused(about: ReusePlan) -> str:
     """What steps reuse, in words."""
-    lost = [f"{-10 * math.log10(loss):.1f}" for loss in (about["loss"], about["measured"])]
+    noises = about["loss"], about["measured"], about["noise"], about["noise_reusing"]
+    summed, together, bits, both = (f"{-10 * math.log10(noise):.1f}" for noise in noises)
     left = f"leave out {about['share']:.0%} of the multiplications, behind '{about['node']}'"
     if about["share"] == 1:
         left = "compute nothing, and sum earlier outputs"
-    losses = f"{lost[0]} dB by the sum of its losses, {lost[1]} measured together"
-    return f"{about['reused']} of {about['steps']} steps {left}: {losses}"
+    losses = f"{summed} dB by the sum of its losses, {together} measured together"
+    return f"{about['reused']} of {about['steps']} steps {left}: {losses}; images {bits} dB without it, {both} with it"
 
 
 def _trained(phase: dict[str, Any]) -> str:

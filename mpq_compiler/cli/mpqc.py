@@ -74,6 +74,7 @@ REQUIREMENTS = {
     "diffusers": ("diffusers", "mpq-compiler[compile]"),
     "highspy": ("highspy", "highspy"),
     "PIL": ("Pillow", "pillow"),
+    "scipy": ("scipy", "scipy"),
     "tokenizers": ("tokenizers", "mpq-compiler[pipeline]"),
     "transformers": ("transformers", "mpq-compiler[compile]"),
     "tvm": ("apache-tvm", "mpq-compiler[runtime]"),

@@ -130,7 +130,8 @@ def _with_reuse(recipe: Recipe, options: Options) -> Recipe:
     if options.latency is None:
         raise UserError("--reuse says how many steps a budget of time is shared among: add --latency, or leave it out")
     recipe = _with_pass(recipe, _taker(recipe, "reuse"))
-    recipe = _with_pass(recipe, next(step for step in registry.built_in() if "kept" in step.provides))
+    keeps = next(step for step in registry.built_in() if "kept" in step.provides)
+    recipe = _with_pass(recipe, keeps).override(keeps.name(), steps=options.reuse)
     return _with_settings(recipe, reuse=options.reuse)
 
 

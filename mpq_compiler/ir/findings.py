@@ -82,7 +82,11 @@ class ReusePlan(TypedDict):
     loss: float
     """The sum of the losses by which it was chosen."""
     measured: NotRequired[float]
-    """What all of it loses together."""
+    """What all of it loses together, in the float model."""
+    noise: NotRequired[float]
+    """The relative noise power of images that the plan's bits make, every step computed whole."""
+    noise_reusing: NotRequired[float]
+    """That of bits and reuse together."""
     saved_ms: float
     """Milliseconds of a step on average."""
     computed: list[int]

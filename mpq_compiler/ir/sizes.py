@@ -77,6 +77,8 @@ class Sizes:
 
     What layers read comes with an error each.
     """
+    latents: int
+    """Numbers of the first input: of a denoiser its latents."""
 
     @property
     def live_bytes(self) -> int:
@@ -120,6 +122,7 @@ class Sizes:
             _moments(program, bytes_of),
             len(calls),
             _backward(program),
+            known[program.inputs[0].name].numel(),
         )
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from mpq_compiler.cli import mpqc
 
-HEAVY = ("torch", "diffusers", "numpy", "tvm", "tvm_ffi", "onnx", "onnxruntime", "highspy", "PIL", "ray")
+HEAVY = ("torch", "diffusers", "numpy", "tvm", "tvm_ffi", "onnx", "onnxruntime", "highspy", "scipy", "PIL", "ray")
 
 HELP = """
 import contextlib, io, sys
