@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -152,8 +151,10 @@ class Drawing:
         return torch.cat(self.session.map(lambda part: run(program, part), batches(given, PART))).numpy()
 
 
-Calls = dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray | None]]
-"""What calls gave, by step and conditions: the output, and the value that is kept where it was asked for."""
+Given = tuple[np.ndarray, np.ndarray | None]
+"""What a call gave: the output, and the value that is kept where it was asked for."""
+Calls = dict[tuple[int, bytes], Given]
+"""What calls gave, by step and conditions."""
 
 
 class MarkedDrawing:
@@ -273,7 +274,7 @@ class MarkedDrawing:
             known, begin = self._recorded, next(step for step, sources in enumerate(schedule.sources) if sources)
         calls: Calls = {}
 
-        def once(compute: Callable[[], tuple[np.ndarray, np.ndarray | None]], inputs: Inputs, valued: bool) -> Any:
+        def once(inputs: Inputs, valued: bool, compute: Callable[[], Given]) -> Given:
             call = self._call(inputs)
             found = known.get(call) if self._step(inputs) < begin else None
             if found is None or (valued and found[1] is None):
@@ -282,16 +283,15 @@ class MarkedDrawing:
             return found
 
         def whole(inputs: Inputs) -> np.ndarray:
-            found: np.ndarray = once(lambda: (np.asarray(self._functions.whole(inputs)), None), inputs, False)[0]
-            return found
+            return once(inputs, False, lambda: (np.asarray(self._functions.whole(inputs)), None))[0]
 
         def keeping(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
-            found: tuple[np.ndarray, np.ndarray] = once(lambda: self._functions.keeping(inputs), inputs, True)
-            return found
+            output, value = once(inputs, True, lambda: self._functions.keeping(inputs))
+            assert value is not None
+            return output, value
 
         def again(inputs: Inputs, values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-            found: np.ndarray = once(lambda: (reusing(inputs, values, weights), None), inputs, False)[0]
-            return found
+            return once(inputs, False, lambda: (reusing(inputs, values, weights), None))[0]
 
         functions = Functions(whole, keeping, again)
         return self._drawing.draw(KeptSteps(schedule, functions, self._drawing.denoiser.latent)), calls
