@@ -9,8 +9,8 @@ from typing import ClassVar
 import numpy as np
 
 from mpq_compiler.analysis.noise_power import rounded
-from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES, Drawing, MarkedDrawing, relative_error
-from mpq_compiler.analysis.trajectory_error import PART
+from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES, Drawing, MarkedDrawing, error_of_each, relative_error
+from mpq_compiler.analysis.trajectory_error import PART, geometric_mean
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.findings import ALLOCATION
 from mpq_compiler.ir.program import Program, TensorStore
@@ -38,9 +38,9 @@ class KeepValues(Pass):
     It is the identity: a step that computes all is what it would be without. Of the packed program there are two more
     then, of a step that puts the value out too and of one that takes it from earlier steps and computes what is left
     (`ir.reuse`). By images of the float model the weights of kept values are fitted, of each step and then of all
-    together (`MarkedDrawing.fitted`, `MarkedDrawing.refined`); with the plan's bits images are drawn by both, and those
-    that come nearer to the float model's are taken. What all of it loses is measured, beside the sum of the losses that
-    chose it, and beside what bits lose. With ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858);
+    together (`MarkedDrawing.fitted`, `MarkedDrawing.refined`). By as many others, with the plan's bits, those are taken
+    that come nearer to the float model's; what all of it loses is measured, beside the sum of the losses that chose it
+    and beside what bits lose. With ``every`` the schedule is set by hand, as DeepCache's (arXiv 2312.00858);
     a model without time, such as the text encoder of a pipeline, keeps nothing. Where nothing can be drawn values are
     extrapolated, with a note.
 
@@ -106,36 +106,31 @@ class KeepValues(Pass):
         ``measured`` is that of reuse in the float model, ``noise`` that of the plan's bits, ``noise_reusing`` that of
         both together.
         """
-        drawing = self._drawing(session, len(schedule.timesteps))
-        marked = program.fork()
-        mark(marked, schedule.node)
-        drawn = MarkedDrawing(drawing, marked, schedule.kept)
-        found = [drawn.fitted(schedule)]
-        if self.rounds:
-            found.append(drawn.refined(found[0][0], self.rounds))
-        quantized = realize(program.fork(tensors=TensorStore(program.tensors)), session)
-        mark(quantized, schedule.node)
-        of_bits = MarkedDrawing(drawing, quantized, schedule.kept)
-        noises = [relative_error(of_bits.by(each), drawn.whole) for each, _ in found]
-        best = int(np.argmin(noises))
-        fitted, latents = found[best]
-        return fitted, {
-            "measured": relative_error(latents, drawn.whole),
-            "noise": rounded(relative_error(of_bits.whole, drawn.whole)),
-            "noise_reusing": rounded(noises[best]),
-        }
-
-    def _drawing(self, session: Session, steps: int) -> Drawing:
-        """The drawing of as many images as the options say."""
         assert session.denoiser is not None
-        return Drawing(session, steps, self.images or images_of(math.prod(session.denoiser.latent_shape)))
+        images = self.images or images_of(math.prod(session.denoiser.latent_shape))
+        fitting, judging = (Drawing(session, len(schedule.timesteps), images, fold) for fold in range(2))
+        marked, quantized = program.fork(), realize(program.fork(tensors=TensorStore(program.tensors)), session)
+        for each in (marked, quantized):
+            mark(each, schedule.node)
+        drawn = MarkedDrawing(fitting, marked, schedule.kept)
+        found = [drawn.fitted(schedule)[0]]
+        if self.rounds:
+            found.append(drawn.refined(found[0], self.rounds)[0])
+        exact, of_bits = (MarkedDrawing(judging, each, schedule.kept) for each in (marked, quantized))
+        errors = [error_of_each(of_bits.by(each), exact.whole) for each in found]
+        best = int(np.argmin([geometric_mean(each) for each in errors]))
+        return found[best], {
+            "measured": relative_error(exact.by(found[best]), exact.whole),
+            "noise": rounded(relative_error(of_bits.whole, exact.whole)),
+            "noise_reusing": rounded(float(errors[best].mean())),
+        }
 
     def demand(self, asked: Asked) -> Demand:
         if not asked.draws:
             return Demand()
         images = self.images or images_of(asked.sizes.latents)
         moved = SLOTS * self.steps // 2 * self.steps // 4  # half of the steps reuse; of the others half are behind one
-        return asked.running(images, PART) * (self.rounds * (moved + self.steps) + 4 * self.steps)
+        return asked.running(images, PART) * (self.rounds * (moved + self.steps) + 7 * self.steps)
 
     def _by_hand(self, program: Program, session: Session) -> Schedule:
         """The schedule of the options. UserError: no value stands for a part of the network worth keeping."""

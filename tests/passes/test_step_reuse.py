@@ -14,6 +14,7 @@ from mpq_compiler.analysis.reuse_losses import (
     Drawing,
     Gap,
     MarkedDrawing,
+    error_of_each,
     fit_weights,
     gaps_of,
     relative_error,
@@ -208,3 +209,9 @@ def test_the_option_adds_both_passes_and_needs_a_budget_of_time():
     with pytest.raises(UserError, match="option 'steps' of pass 'step-reuse' must be 2 or more, not 1"):
         resolve(Options(latency="2ms", reuse=1))
 
+
+
+def test_errors_of_images_have_the_mean_of_all():
+    drawn, expected = np.random.default_rng(3).standard_normal((2, 5, 1, 4, 4), np.float32)
+    assert error_of_each(drawn, expected).mean() == pytest.approx(relative_error(drawn, expected))
+    assert error_of_each(expected, expected).tolist() == [0] * 5
