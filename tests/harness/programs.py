@@ -57,10 +57,10 @@ SCORED = (
 """Formats by the scores of predictors that have hardly been trained."""
 REUSED = (
     f"{FRONT},sensitivity{{inputs=3,formats=int8}},step-reuse{{steps=4,images=1,cuts=1,places=2}},"
-    f"bit-allocation{{weights=10}},keep-values{{every=2,steps=4,share=0.97}},{BACK}"
+    f"bit-allocation{{weights=10}},keep-values{{every=2,steps=4,share=0.97,images=2,rounds=1}},{BACK}"
 )
 """Steps that keep a value for later ones, of which a budget of time decides nothing."""
-KEPT = f"{FRONT},bit-allocation{{uniform=int8}},keep-values{{every=2,steps=4,share=0.97}},{BACK}"
+KEPT = f"{FRONT},bit-allocation{{uniform=int8}},keep-values{{every=2,steps=4,share=0.97,images=2,rounds=1}},{BACK}"
 """Steps that keep a value, by hand."""
 PIPELINES = (MIXED, REWRITES, LOW_RANK, FAST, TRAINED, SCORED, ROTATED, REUSED)
 ACTIVATIONS = (

@@ -24,8 +24,8 @@ PIPELINE = (
     "trace,layout,calibrate{{samples=3,steps=8}},time-groups{{groups=2}},bit-allocation{{uniform=int8}},{}"
     "insert-fake-quant,round-weights,fold-fake-quant,fuse-epilogues"
 )
-KEPT = f"keep-values{{every=2,steps={STEPS},share=0.97}},"
-OUTPUTS = f"keep-values{{every=2,steps={STEPS}}},"
+KEPT = f"keep-values{{every=2,steps={STEPS},share=0.97,images=4,rounds=2}},"
+OUTPUTS = f"keep-values{{every=2,steps={STEPS},images=4,rounds=2}},"
 
 
 def compiled(folder: Path, kept: str = KEPT, target: str = "native") -> Path:

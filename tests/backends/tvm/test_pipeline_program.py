@@ -77,7 +77,7 @@ def test_arm_draws_the_bits_of_x86(tmp_path: Path) -> None:
 def test_steps_that_reuse_draw_the_bits_of_the_runtime(share: str, tmp_path: Path) -> None:
     """What steps sum, or take from earlier ones, is among the instructions, under guidance for both conditions."""
     said = {"steps": 4, "guidance": 3.0, "seed": 2}
-    kept = f"keep-values{{every=2,steps=4,images=2{share}}}"
+    kept = f"keep-values{{every=2,steps=4,images=2,rounds=1{share}}}"
     folder, whole = compiled_pipeline.path(kept=kept), compiled_pipeline.path()
     reuse = bundle.read_manifest(folder / "unet")["reuse"]
     assert ("keeping" in reuse) == bool(share) and any(reuse["sources"])
