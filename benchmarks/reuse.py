@@ -4,10 +4,10 @@
     python -m benchmarks.reuse --model fashion-unet --steps 20 50     # compiles and judges the cells of these
 
 A cell is a model at a number of sampling steps and a budget: the predicted time of the plan without a budget of time,
-over 1, 1.25, 1.6, 2 and 2.5, for a step on average. Without reuse the same budget is given to the bits alone. `ms` is
-the CPU time of drawing an image on one thread: artifacts take turns, the median over the rounds. Errors are to the
-float model's images from the same noise, in as many steps: of the artifact as it draws, and of the same artifact with
-every step computed whole. `float` is the float model by the same schedule. Results lie in benchmarks/results/reuse/.
+over 1, 1.25, 1.6, 1.8, 2 and 2.5, for a step on average. Without reuse the same budget is given to the bits alone.
+`ms` is the CPU time of drawing an image on one thread: artifacts take turns, the median over the rounds. Errors are to
+the float model's images from the same noise, in as many steps: of the artifact as it draws, and of the same artifact
+with every step computed whole. `float` is the float model by the same schedule. Results lie in benchmarks/results/reuse/.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from mpq_compiler.support.files import encode_json
 FOLDER = RESULTS / "reuse"
 DOCUMENT = Path(__file__).parents[1] / "docs" / "reuse.md"
 PICTURE = DOCUMENT.with_suffix(".svg")
-RATIOS = (1.0, 1.25, 1.6, 2.0, 2.5)
+RATIOS = (1.0, 1.25, 1.6, 1.8, 2.0, 2.5)
 WEIGHTS = 4
 IMAGES, JUDGED_FLOAT = 200, 48
 SEED = 1000

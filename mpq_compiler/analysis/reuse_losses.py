@@ -19,6 +19,7 @@ from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.interpreter import run, shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.sampling.loop import NotFinite
 from mpq_compiler.sampling.reuse import (
     SLOTS,
     Functions,
@@ -41,6 +42,8 @@ RIDGE = 1e-4
 """What draws fitted weights to those of a line through the last two values, relative to the values' mean square."""
 GRID = 2.0**-10
 """The grid of fitted weights: what is off it is 70 dB below the values, and last bits of a sum seldom decide on it."""
+LEAST, FAR = 1e-2, 1e3
+"""The least error by which an image counts, of the mean one, and the error where drawing gives no images."""
 DIFFERENCE = 1e-2
 """By how much a weight changes where it is measured how images change with it."""
 
@@ -233,7 +236,8 @@ class MarkedDrawing:
         places = [(step, slot) for step, sources in enumerate(schedule.sources) for slot in range(len(sources))]
         reusing = self._functions.reusing
         apart = (self.by(schedule).astype(np.float64) - self.whole).reshape(len(self.whole), -1)
-        scale = np.maximum(np.linalg.norm(apart, axis=1), np.finfo(np.float32).tiny) * math.sqrt(len(apart))
+        norms = np.linalg.norm(apart, axis=1)
+        scale = np.maximum(norms, max(LEAST * norms.mean(), np.finfo(np.float32).tiny)) * math.sqrt(len(apart))
 
         def weighted(numbers: np.ndarray) -> Schedule:
             weights: dict[int, list[float]] = {}
@@ -247,7 +251,10 @@ class MarkedDrawing:
             return found
 
         def error(numbers: np.ndarray) -> np.ndarray:
-            return scaled(self.by(weighted(numbers)), self.whole)
+            try:
+                return scaled(self.by(weighted(numbers)), self.whole)
+            except NotFinite:  # a step too far, which the trust region takes back
+                return np.full(apart.size, FAR)
 
         def slopes(numbers: np.ndarray) -> np.ndarray:
             base, calls = self._drawn(weighted(numbers), reusing)

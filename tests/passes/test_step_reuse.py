@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mpq_compiler.analysis.reuse_losses import (
+    DIFFERENCE,
     GRID,
     REUSE_LOSSES,
     Drawing,
@@ -109,6 +110,26 @@ def test_weights_of_all_steps_together_are_nearer_than_those_of_each(measured):
     assert errors == sorted(errors), "in the order of how much was fitted"
     assert all((weight / GRID).is_integer() for sources in refined.sources for _, weight in sources)
     assert refined.kept == line.kept and list(map(len, refined.sources)) == list(map(len, line.sources))
+
+
+def test_weights_that_give_no_images_are_not_taken(measured):
+    program, session = measured
+    drawing = Drawing(session, 8, 2)
+    drawn = MarkedDrawing(drawing, programs.after(MODEL, "layout").fork(), {0, 2})
+    line = schedule_of(next(iter(program.facts[REUSE_LOSSES].losses)), drawing.timesteps, [Gap(2, 1)])
+    fitted, _ = drawn.fitted(line)
+    near, reusing, refused = [weight for _, weight in fitted.sources[3]], drawn._functions.reusing, []
+
+    def fragile(inputs, values, weights):
+        if not refused and np.abs(np.subtract(weights[: len(near)], near)).max() > 2 * DIFFERENCE:
+            refused.append(weights)
+            return np.full_like(values[0], np.nan)
+        return reusing(inputs, values, weights)
+
+    drawn._functions = dataclasses.replace(drawn._functions, reusing=fragile)
+    _, latents = drawn.refined(fitted, 6)
+    assert refused and np.isfinite(latents).all()
+    assert relative_error(latents, drawn.whole) <= relative_error(drawn.by(fitted), drawn.whole)
 
 
 def test_weights_of_a_sum_are_found():
