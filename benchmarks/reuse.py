@@ -7,7 +7,8 @@ A cell is a model at a number of sampling steps and a budget: the predicted time
 over 1, 1.25, 1.6, 1.8, 2 and 2.5, for a step on average. Without reuse the same budget is given to the bits alone.
 `ms` is the CPU time of drawing an image on one thread: artifacts take turns, the median over the rounds. Errors are to
 the float model's images from the same noise, in as many steps: of the artifact as it draws, and of the same artifact
-with every step computed whole. `float` is the float model by the same schedule. Results lie in benchmarks/results/reuse/.
+with every step computed whole. `float` is the float model by the same schedule. Results lie in
+benchmarks/results/reuse/.
 """
 
 from __future__ import annotations
