@@ -233,7 +233,7 @@ class MarkedDrawing:
         """
         from scipy.optimize import least_squares
 
-        places = [(step, slot) for step, sources in enumerate(schedule.sources) for slot in range(len(sources))]
+        steps = [step for step, sources in enumerate(schedule.sources) for _ in sources]
         reusing = self._functions.reusing
         apart = (self.by(schedule).astype(np.float64) - self.whole).reshape(len(self.whole), -1)
         norms = np.linalg.norm(apart, axis=1)
@@ -241,7 +241,7 @@ class MarkedDrawing:
 
         def weighted(numbers: np.ndarray) -> Schedule:
             weights: dict[int, list[float]] = {}
-            for (step, _), number in zip(places, numbers, strict=True):
+            for step, number in zip(steps, numbers, strict=True):
                 weights.setdefault(step, []).append(float(number))
             return schedule.weighted(weights)
 
@@ -258,16 +258,16 @@ class MarkedDrawing:
 
         def slopes(numbers: np.ndarray) -> np.ndarray:
             base, calls = self._drawn(weighted(numbers), reusing)
-            columns = np.empty((base.size, len(places)))
-            for place, (step, _) in enumerate(places):
-                changed = weighted(numbers + DIFFERENCE * (np.arange(len(places)) == place))
+            columns = np.empty((base.size, len(steps)))
+            for place, step in enumerate(steps):
+                changed = weighted(numbers + DIFFERENCE * (np.arange(len(steps)) == place))
                 moved, _ = self._drawn(changed, reusing, calls, step)
                 columns[:, place] = scaled(moved, base) / DIFFERENCE
                 advance(1)
             return columns
 
         start = np.array([weight for sources in schedule.sources for _, weight in sources])
-        with self._drawing.session.track("fitting weights of kept values", rounds * len(places)) as advance:
+        with self._drawing.session.track("fitting weights of kept values", rounds * len(steps)) as advance:
             found = weighted(GRID * np.round(least_squares(error, start, slopes, max_nfev=rounds).x / GRID))
         return found, self.by(found)
 
