@@ -28,6 +28,7 @@ from mpq_compiler.backends.tvm.kernels.problems import (
     quant_matmul,
     quantize,
     rans,
+    rounding,
 )
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.plan.calls import Kernel, Record
@@ -50,6 +51,7 @@ PROBLEMS: dict[str, ModuleType] = {
     "problem": quant_matmul,
     "quantize": quantize,
     "rans": rans,
+    "rounding": rounding,
 }
 """The modules that records name, such as ``norms.GroupNorm``."""
 

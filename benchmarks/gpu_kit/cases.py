@@ -18,11 +18,19 @@ import torch.nn.functional as F
 
 from benchmarks.gpu_kit.there import data
 from mpq_compiler.backends.tvm import kernels as templates
-from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, gemm, norms, weights, wgmma, wgmma_attention
+from mpq_compiler.backends.tvm.kernels.cuda import (
+    fast_attention,
+    gemm,
+    norms,
+    rounding,
+    weights,
+    wgmma,
+    wgmma_attention,
+)
 from mpq_compiler.backends.tvm.kernels.cuda import weight_only as cuda_weight_only
 from mpq_compiler.backends.tvm.kernels.problems import attention
-from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
 from mpq_compiler.backends.tvm.kernels.problems import norms as problems_of_norms
+from mpq_compiler.backends.tvm.kernels.problems import rounding as problems_of_rounding
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
@@ -30,13 +38,14 @@ from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttent
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.rounding import Rounding
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.formats.packing import unpack_codes
 from mpq_compiler.ir import ops
 from mpq_compiler.targets import numerics, nvidia
 from mpq_compiler.targets.numerics import BF16
 from tests.harness.cuda import kernels
-from tests.harness.fast_attention import meaning, ready
+from tests.harness.fast_attention import meaning, roundings
 from tests.harness.shapes import Case as Product
 from tests.harness.shapes import concrete, make_case, quantize, reference
 
@@ -222,16 +231,22 @@ def functions(case: Case, level: int, others: Products | None = None) -> dict[st
     if isinstance(case, Norm):
         return {"norm": norms.build(case.problem, "norm")}
     if isinstance(case, Attention):
-        made = ready(case.problem)
-        return {
-            "ready": fast_attention.build(made, "ready"),
-            "attention": _attention_of(level)(case.problem, "attention"),
-        }
+        rounded = {f"round_{name}": own for name, own in roundings(case.problem).items()}
+        made = {name: rounding.build(own, name) for name, own in rounded.items()}
+        return {"attention": _attention_of(level)(case.problem, "attention"), **made}
     found = {}
     for name, (bits, build) in _of_case(case, others or products(level)).items():
         prepare, problem = (weights.build, case.problem(bits)) if bits else _of_codes(case)
         found |= {name: build(problem, name), f"{name}_prepare": prepare(problem, f"{name}_prepare")}
+        if not bits:
+            found["round"] = rounding.build(_rounding(case), "round")
     return found
+
+
+def _rounding(case: Layer) -> Rounding:
+    """What rounds the input of a layer."""
+    size = case.height * case.width * case.channels
+    return Rounding(1, size, size)
 
 
 def _of_case(case: Layer, asked: Products) -> Products:
@@ -381,9 +396,10 @@ def _weight_only(layer: Layer, batch: int) -> Contestant:
     problem, seed = layer.weight_only(), 0
     given, panel = cuda_weight_only.pack_arguments(problem)
     *taken, y = cuda_weight_only.arguments(problem)
-    spaces = cuda_weight_only.workspaces(problem)
-    arrays: dict[str, Any] = {"weight": _empty(panel, 1)} | {a.name: _empty(a, batch) for a in (y, *spaces)}
-    for a in (given, *(a for a in taken if a.name != "weight")):
+    spaces, (x, rounded) = cuda_weight_only.workspaces(problem), problems_of_rounding.arguments(_rounding(layer))
+    arrays: dict[str, Any] = {"weight": _empty(panel, 1), "rounded": _empty(rounded, batch)}
+    arrays |= {a.name: _empty(a, batch) for a in (y, *spaces)}
+    for a in (given, x, *(a for a in taken if a.name not in ("x", "weight"))):
         shape, seed = concrete(a.shape, batch), seed + 1
         deviation = {"x": 1.0, "bias": 1.0, "scale": 0.02}
         how: dict[str, float] = {"low": 0, "high": 256} if a.dtype == "uint8" else {"low": -128, "high": 128}
@@ -395,23 +411,24 @@ def _weight_only(layer: Layer, batch: int) -> Contestant:
     table = problem.table
     codes = unpack_codes(drawn["codes"], (table.rows, table.columns), table.bits)
     decoded = drawn["tables"][0][codes].astype(np.float32) * drawn["scale"].astype(np.float32)
-    x, weight, bias = (torch.from_numpy(value) for value in (drawn["x"], decoded, drawn["bias"]))
+    values, weight, bias = (torch.from_numpy(value) for value in (drawn["x"], decoded, drawn["bias"]))
     lines = min(LINES, layer.height)
     if layer.linear:
-        x = x.reshape(batch, layer.height, -1)
-        parts = [ops.linear(x[:, at], weight, bias, numerics=BF16) for at in (slice(lines), slice(-lines, None))]
+        values = values.reshape(batch, layer.height, -1)
+        parts = [ops.linear(values[:, at], weight, bias, numerics=BF16) for at in (slice(lines), slice(-lines, None))]
     else:
         taps = weight.reshape(layer.outputs, 3, 3, layer.channels)
-        x = x.reshape(batch, layer.height, layer.width, layer.channels)
+        values = values.reshape(batch, layer.height, layer.width, layer.channels)
         parts = [
-            ops.conv2d(x[:, at], taps, bias, (1, 1), padding, numerics=BF16)
+            ops.conv2d(values[:, at], taps, bias, (1, 1), padding, numerics=BF16)
             for at, padding in ((slice(lines), (1, 0, 1, 1)), (slice(-lines, None), (0, 1, 1, 1)))
         ]
     description = {
         "arrays": arrays,
-        "prepare": [["{}_prepare", [given.name, "weight"]]],
-        "prepared": ["weight"],
-        "kernels": [["{}", [a.name for a in (*taken, y, *spaces)]]],
+        "prepare": [["{}_prepare", [given.name, "weight"]], ["round", ["x", "rounded"]]],
+        "prepared": ["weight", "rounded"],
+        "shaped": {"rounded": list(concrete(taken[0].shape, batch))},
+        "kernels": [["{}", ["rounded", *(a.name for a in (*taken[1:], y, *spaces))]]],
         "result": y.name,
         "as": [batch, layer.height, layer.width * layer.outputs],
     }
@@ -421,24 +438,24 @@ def _weight_only(layer: Layer, batch: int) -> Contestant:
 
 
 def _attention(case: Attention, batch: int) -> Contestant:
-    problem, words = case.problem, problems.outputs(ready(case.problem))
-    inputs, (*_, y) = attention.arguments(problem)[:3], problems.arguments(problem)
-    arrays: dict[str, Any] = {a.name: _empty(a, batch) for a in (*words, y)}
+    problem, inputs = case.problem, attention.arguments(case.problem)[:3]
+    rounded, y = fast_attention.arguments(problem)[:3], fast_attention.arguments(problem)[-1]
+    by_heads = {name: problems_of_rounding.arguments(own) for name, own in roundings(problem).items()}
+    arrays: dict[str, Any] = {name: _empty(to, batch) for name, (_, to) in by_heads.items()}
+    arrays[y.name] = _empty(y, batch)
     for i, a in enumerate(inputs):
-        arrays[a.name] = _drawn(concrete(a.shape, batch), a.dtype, i, deviation=1.0)
-    q, k, v = (data.drawn(arrays[a.name]) for a in inputs)
+        arrays[f"float {a.name}"] = _drawn(concrete(by_heads[a.name][0].shape, batch), a.dtype, i, deviation=1.0)
+    q, k, v = (data.drawn(arrays[f"float {a.name}"]).reshape(concrete(a.shape, batch)) for a in inputs)
     lines = min(LINES, case.queries)
     few = replace(problem, queries=lines)
     parts = [meaning(few, [np.ascontiguousarray(q[:, at]), k, v], BF16) for at in (slice(lines), slice(-lines, None))]
     names = [a.name for a in inputs]
     description = {
         "arrays": arrays,
-        "prepare": [],
-        "prepared": [],
-        "kernels": [
-            ["ready", [*names[1:], *(a.name for a in words)]],
-            ["attention", [names[0], *(a.name for a in words), y.name]],
-        ],
+        "prepare": [[f"round_{name}", [f"float {name}", name]] for name in names],
+        "prepared": names,
+        "shaped": {a.name: list(concrete(a.shape, batch)) for a in rounded},
+        "kernels": [["attention", [*names, y.name]]],
         "result": y.name,
         "as": [batch, case.queries, -1],
     }

@@ -12,7 +12,8 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels.cpu import fast_attention as cpu
 from mpq_compiler.backends.tvm.kernels.problems import attention
 from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
-from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, query_factor
+from mpq_compiler.backends.tvm.kernels.problems.rounding import Rounding
 from mpq_compiler.ir import ops
 from tests.harness import qemu
 from tests.harness.float_kernels import random_inputs, shape_of
@@ -77,6 +78,13 @@ def result(call: Call, index: int, problem: FastAttention, inputs: list[np.ndarr
     for name, of in ((f"ready_{index}", of_ready), (f"attention_{index}", [*arguments, last])):
         arrays |= dict(zip((a.name for a in of), call(name, [arrays[a.name] for a in of]), strict=True))
     return arrays[last.name]
+
+
+def roundings(problem: FastAttention) -> dict[str, Rounding]:
+    """What rounds its queries, keys and values for a GPU, by the names of the arguments."""
+    p, pitch = problem, problem.dim + problem.dim % 2
+    keys = Rounding(p.keys * p.heads, p.dim, pitch)
+    return {"q": Rounding(p.queries * p.heads, p.dim, pitch, query_factor(p.scale, p.dim)), "k": keys, "v": keys}
 
 
 def ready(problem: FastAttention) -> Ready:

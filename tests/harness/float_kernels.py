@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 import tvm
 
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
@@ -33,6 +34,11 @@ def unavailable(name: str) -> str | None:
     if targets.TARGETS[name].arch == "aarch64":
         return qemu.missing()
     return f"this machine lacks {', '.join(lacking)}"
+
+
+def bfloat16(x: np.ndarray) -> np.ndarray:
+    """Float32 rounded to bfloat16, to the nearest, ties to even: the upper halves."""
+    return torch.from_numpy(x).bfloat16().view(torch.int16).numpy().view(np.uint16)
 
 
 def shape_of(argument: Argument, batch: int) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from mpq_compiler.backends.tvm.plan.calls import Call, Function, Lowered, Record
 
 NAME_WIDTH, CALL_WIDTH, TYPE_WIDTH = 48, 88, 18
 """Widest columns that are aligned; longer entries push what follows."""
-SHORT = {"float32": "f32", "float16": "f16", "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8"}
+SHORT = {"float32": "f32", "float16": "f16", "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8",
+         "uint16": "bf16"}  # fmt: skip
 
 Line = tuple[str, str, str, str]
 """Results, call, type, problem of the kernel."""

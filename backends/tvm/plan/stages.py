@@ -1,7 +1,7 @@
 """The stages behind the selection of kernels: each turns the plan into one of fewer or cheaper calls, bit for bit.
 
 A value that others read keeps its name, so that plans can be compared value by value. The rules are in `fuse`, `hoist`,
-`gates`, `integers` and `weight_only`; a stage applies one of them to a whole plan.
+`gates`, `integers`, `rounding` and `weight_only`; a stage applies one of them to a whole plan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
-from mpq_compiler.backends.tvm.plan import fuse, gates, hoist, integers, weight_only
+from mpq_compiler.backends.tvm.plan import fuse, gates, hoist, integers, rounding, weight_only
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Lowered, needed
 from mpq_compiler.pipeline.stages import LoweringStage
 
@@ -116,6 +116,13 @@ class FuseDequantization(LoweringStage[Lowered]):
 
     def run(self, plan: Lowered) -> Lowered:
         return weight_only.keep_codes(plan)
+
+
+class RoundWhereMade(_FunctionStage):
+    """What is read in bfloat16 is stored in bfloat16, by what makes it where nothing else reads it."""
+
+    def changed(self, function: Function) -> Function:
+        return rounding.round_where_made(function)
 
 
 JOINING: tuple[type[LoweringStage[Lowered]], ...] = (

@@ -16,7 +16,7 @@ from mpq_compiler.backends.tvm.plan.calls import Call, Lowered, Record, Value
 from mpq_compiler.backends.tvm.plan.hoist import changes_with_steps
 from mpq_compiler.ir.verifier import VerificationError, Violation
 
-DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8")
+DTYPES = ("float32", "float16", "bfloat16", "int64", "int32", "int8", "uint16", "uint8")
 """Element types of values."""
 
 Findings = Iterator[tuple[str, str]]

@@ -125,6 +125,8 @@ def contestant(own: Mapping[str, Any], library: Any, stored: Any) -> tuple[Calla
         there = {name: tensors.put(arrays[name]) for name in names}
         library[kernel](*there.values())
         arrays |= {name: tensors.take(there[name]) for name in own["prepared"] if name in there}
+    for name, shape in own.get("shaped", {}).items():
+        arrays[name] = arrays[name].reshape(shape)
     used = list(dict.fromkeys(name for _, names in own["kernels"] for name in names))
 
     def make() -> tuple[Call, Any]:

@@ -12,16 +12,18 @@ import pytest
 import torch
 
 pytest.importorskip("tvm")
-from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, wgmma_attention
+from mpq_compiler.backends.tvm.kernels.cuda import fast_attention, rounding, wgmma_attention
+from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import arguments
+from mpq_compiler.backends.tvm.kernels.problems import rounding as rounding_problems
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, arguments, outputs
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, query_factor
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import numerics
 from mpq_compiler.targets.numerics import BF16, INT8
 from mpq_compiler.targets.table import TARGETS
 from tests.harness.cuda import kernels, recorder
 from tests.harness.cuda.kernels import Library, disassembled, empty
-from tests.harness.fast_attention import BATCH, inputs_of, meaning, ready
+from tests.harness.fast_attention import BATCH, inputs_of, meaning, roundings
 from tests.harness.float_kernels import error, quantized, quantizer_inputs, same_bits
 
 pytestmark = pytest.mark.filterwarnings("error:NVIDIA's assembler complains")
@@ -58,20 +60,20 @@ def spoil(which: int) -> list[np.ndarray]:
 def run(
     problems: dict[str, FastAttention], inputs: dict[str, list[np.ndarray]], build: Build = fast_attention.build
 ) -> dict[str, list[np.ndarray]]:
-    """Of each the words of keys and values, and its result, whenever copies happen."""
+    """Of each its queries, keys and values rounded, and its result, whenever copies happen."""
     names = {name: f"kernel{i}" for i, name in enumerate(problems)}
-    functions = {f"{n}_ready": fast_attention.build(ready(problems[name]), f"{n}_ready") for name, n in names.items()}
-    functions |= {n: build(problems[name], n) for name, n in names.items()}
+    every = [(f"{names[name]}_{x}", each) for name in problems for x, each in roundings(problems[name]).items()]
+    functions = {n: rounding.build(each, n) for n, each in every} | {n: build(problems[o], n) for o, n in names.items()}
     library = Library(functions, recorder.UNIT)
-    first = []
-    for name, problem in problems.items():
-        made = [empty(a, BATCH) for a in outputs(ready(problem))]
-        first.append((f"{names[name]}_ready", [*inputs[name][1:3], *made]))
-    words = [result[2:] for result in library.run(first)]
+    given = [x for name in problems for x in inputs[name][:3]]
+    given = [x.reshape(BATCH, each.rows, each.width) for x, (_, each) in zip(given, every, strict=True)]
+    to = [empty(rounding_problems.arguments(each)[1], BATCH) for _, each in every]
+    done = library.run([(n, [x, y]) for (n, _), x, y in zip(every, given, to, strict=True)])
+    words = [[y for _, y in done[3 * i : 3 * i + 3]] for i in range(len(problems))]
     second = []
     for made, (name, problem) in zip(words, problems.items(), strict=True):
-        q, _, _, *rest = inputs[name]
-        second.append((names[name], [q, *made, *rest, empty(arguments(problem)[-1], BATCH)]))
+        rows = [y.reshape(BATCH, -1, problem.heads * y.shape[-1]) for y in made]
+        second.append((names[name], [*rows, *inputs[name][3:], empty(arguments(problem)[-1], BATCH)]))
     late, early = library.run(second), library.run(second, early=True)
     for a, b in zip(late, early, strict=True):
         np.testing.assert_array_equal(a[-1].view(np.uint8), b[-1].view(np.uint8))
@@ -116,16 +118,14 @@ def test_four_warps_together(results, together):
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
-def test_words_of_keys_and_values(results, name):
-    """Pairs of neighbouring dimensions; of values 8 keys of a dimension, then of the next; zero where there is none."""
-    p, (k, v) = PROBLEMS[name], (torch.from_numpy(x) for x in inputs_of(PROBLEMS[name])[1:3])
-    heads = [x.reshape(BATCH, p.keys, p.heads, p.dim).transpose(1, 2).bfloat16() for x in (k, v)]
-    keys = torch.nn.functional.pad(heads[0], (0, p.dim % 2)).contiguous().view(torch.int32)
-    padded = torch.nn.functional.pad(heads[1], (0, 0, 0, p.keys % 2))
-    groups = [group.transpose(2, 3).flatten(2) for group in padded.split(8, 2)]
-    values = torch.cat(groups, 2).contiguous().view(torch.int32).reshape(results[name][1].shape)
-    for found, expected in zip(results[name], (keys, values), strict=False):
-        np.testing.assert_array_equal(found, expected.numpy())
+def test_what_is_rounded(results, name):
+    """To the nearest, queries by way of their factor; a zero behind each head of an odd dimension."""
+    p = PROBLEMS[name]
+    q, *others = (torch.from_numpy(x) for x in inputs_of(p)[:3])
+    factor = np.float32(query_factor(p.scale, p.dim))
+    for found, x in zip(results[name], (q * factor, *others), strict=False):
+        heads = torch.nn.functional.pad(x.reshape(-1, p.dim), (0, p.dim % 2)).bfloat16()
+        np.testing.assert_array_equal(found.reshape(heads.shape), heads.view(torch.int16).numpy().view(np.uint16))
 
 
 def test_quantizes_its_own_result(results):

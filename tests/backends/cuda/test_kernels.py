@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.kernels.cpu.isa import isa
 from mpq_compiler.backends.tvm.kernels.cuda import float_products, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm
-from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.problems.argument import ROUNDED, Argument
 from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
@@ -33,7 +33,7 @@ from mpq_compiler.targets.table import TARGETS
 from tests.harness.cuda import kernels, silicon
 from tests.harness.cuda.cases import ADDED, BATCH, CASES, CODES, Case, check, inputs, value, workspaces
 from tests.harness.cuda.kernels import Library, empty
-from tests.harness.float_kernels import error, quantized
+from tests.harness.float_kernels import bfloat16, error, quantized
 
 pytestmark = pytest.mark.filterwarnings("error:NVIDIA's assembler complains")
 
@@ -143,7 +143,8 @@ def _given(template: str, problem: Any, data: dict[str, np.ndarray]) -> list[np.
     """What a kernel is called with: its inputs, its output and its workspaces."""
     *inputs, y = _arguments(template, problem)
     made = (y, *cuda.TEMPLATES[template].workspaces(problem))
-    return [*(data[a.name] for a in inputs), *(empty(a, BATCH) for a in made)]
+    given = [bfloat16(data[a.name]) if a.dtype == ROUNDED != data[a.name].dtype else data[a.name] for a in inputs]
+    return [*given, *(empty(a, BATCH) for a in made)]
 
 
 def _result(template: str, problem: Any, arrays: list[np.ndarray]) -> np.ndarray:

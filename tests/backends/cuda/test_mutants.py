@@ -16,6 +16,7 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     float_products,
     float_units,
     norms,
+    rounding,
     weight_only,
     weights,
     wgmma,
@@ -23,15 +24,19 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
 )
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
 from mpq_compiler.backends.tvm.kernels.problems import attention, float_gemm
-from mpq_compiler.backends.tvm.kernels.problems import fast_attention as fast_attention_problems
 from mpq_compiler.backends.tvm.kernels.problems import norms as norms_problems
+from mpq_compiler.backends.tvm.kernels.problems import rounding as rounding_problems
+from mpq_compiler.backends.tvm.kernels.problems.argument import ROUNDED
 from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.rounding import Rounding
 from mpq_compiler.targets.numerics import BF16
 from tests.harness.cuda import emulator
 from tests.harness.cuda.kernels import Library, empty
 from tests.harness.cuda.mutants import Mutants, mutated
+from tests.harness.float_kernels import bfloat16
 from tests.harness.shapes import make_case, seed
 
 GEMM: Mutants = {
@@ -142,7 +147,7 @@ FAST_ATTENTION: Mutants = {
     "copies into the stage that is read": ("T.bind((step + 1) % STAGES)", "T.bind(step % STAGES)"),
     "eight keys twice": ("lane // 16 * 8 + lane % 8)", "lane % 8)"),
     "eight terms twice": ("+ lane // 8 % 2 * 4)", "+ lane // 16 % 2 * 4)"),
-    "eight values twice": ("+ matrix % 2) * t.value_pitch", ") * t.value_pitch"),
+    "eight values twice": ("+ matrix % 2 * 8 + self.lane", "+ self.lane"),
     "eight dimensions twice": ("+ matrix // 2 * (", "+ 0 * matrix * ("),
     "lanes of another column": ("T.bind(self.lane % 4)", "T.bind(self.lane % 4 ^ 1)"),
     "weights turned": ("return bfloat16.pair(low, high)", "return bfloat16.pair(high, low)"),
@@ -150,7 +155,6 @@ FAST_ATTENTION: Mutants = {
     "a key too many": ("tirx.Select(key < p.keys,", "tirx.Select(key <= p.keys,"),
     "keys that are not there": ("tirx.EQ(step, p.keys // t.keys)", "tirx.EQ(step, p.keys // t.keys + 1)"),
     "keys from the start": ("key, word = step * t.keys + row,", "key, word = row + 0,"),
-    "values from the start": ("T.bind(step * (t.keys // 8) + group)", "T.bind(group)"),
     "a query too many": ("T.If(query < p.queries)", "T.If(query <= p.queries)"),
     "a dimension too many": ("T.If(d < p.dim)", "T.If(d <= p.dim)"),
     "no rescaling of outputs": (
@@ -167,8 +171,11 @@ FAST_ATTENTION: Mutants = {
         "for distance in (1, 2):\n                store(self",
         "for distance in (1,):\n                store(self",
     ),
-    "unscaled queries": ("scale * vmath.LOG2_E", "vmath.LOG2_E"),
-    "queries of the next head": ("T.bind(row + self.head * p.dim)", "T.bind(row + (self.head + 1) % p.heads * p.dim)"),
+    "the first query": ("T.min(self._row(i), p.queries - 1)))", "0 * self._row(i)))"),
+    "the next head": ("self.p.heads + self.head) *", "self.p.heads + (self.head + 1) % self.p.heads) *"),
+    "the first sample": ("((self.sample * rows + row) *", "((0 * self.sample + row) *"),
+    "half of a query": ("first = 8 * step + 4 * half", "first = 8 * step"),
+    "columns for rows": ("T.ptx[TURNED]", "T.ptx[LDMATRIX]"),
     "a mask for the first query": ("self.head, query, inside)", "self.head, 0, inside)"),
     "an unscaled mask": ("fma(added, f32(vmath.LOG2_E, 1), self", "fma(added, f32(1.0, 1), self"),
 }
@@ -207,18 +214,10 @@ SHARED_STEPS: Mutants = {
     "begins with the border of the first tap": ('>> T.cast(tap, "uint32")', ">> T.uint32(0)"),
 }
 FLOAT_PRODUCTS: Mutants = {
-    "pairs turned": ("values[e : e + BYTES]", "reversed(values[e : e + BYTES])"),
-    "the first values": ("values_of(x, i * together + first, read)", "values_of(x, i * together, read)"),
-    "values of the neighbour": ("pairs, i * (together // BYTES))", "pairs, i // 2 * (together // BYTES))"),
-    "the last values are not rounded": ("each(batch * (size // together))", "each(batch * (size // together) - 1)"),
-    "the first sample": ("each(batch * (size // together))", "each(size // together)"),
     "sums of the neighbour": ("return self.sums[at]", "return self.sums[at // 2 * 2]"),
     "no bias": ("p.padding, has_bias=p.bias", "p.padding, has_bias=False"),
     "the bias alone": ("return y + total", "return y"),
-}
-ODD_FLOATS: Mutants = {
-    "the other half of a word": ("pair(x[i], vmath.f32(0.0, 1))", "pair(vmath.f32(0.0, 1), x[i])"),
-    "the first value": ("pair(x[i],", "pair(x[0],"),
+    "channels of one byte": ("p.height, p.width, BYTES * p.channels", "p.height, p.width, p.channels"),
 }
 HOPPER_FLOATS: Mutants = {
     "sums of the neighbour": ("return self.sums[at]", "return self.sums[at // 2 * 2]"),
@@ -329,12 +328,12 @@ PACK_CODES: Mutants = {
     "values that are not there": ("c < channels)", "c <= channels)"),
     "codes of one row": ("table.bits, table.rows * table.columns)", "table.bits, table.columns)"),
     "a bit too few": ("T.uint32(2**table.bits - 1)", "T.uint32(2**table.bits // 2 - 1)"),
-    "chunks of a lane over one another": ("_place(table.bits, h, 2 * kk + e)", "_place(table.bits, h, e)"),
-    "codes of a lane turned": ("_place(table.bits, h, 2 * kk + e)", "_place(table.bits, h, 2 * kk + 1 - e)"),
+    "chunks of a lane over one another": ("_place(table, h, 2 * kk + e)", "_place(table, h, e)"),
+    "codes of a lane turned": ("_place(table, h, 2 * kk + e)", "_place(table, h, 2 * kk + 1 - e)"),
 }
 PACK_2_BITS: Mutants = {
-    "halves over one another": ("4 * i + 2 * h if bits == 2", "4 * i if bits == 2"),
-    "halves turned": ("4 * i + 2 * h if bits == 2", "4 * i + 2 - 2 * h if bits == 2"),
+    "halves over one another": ("4 * i + 2 * h if table.bits == 2", "4 * i if table.bits == 2"),
+    "halves turned": ("4 * i + 2 * h if table.bits == 2", "4 * i + 2 - 2 * h if table.bits == 2"),
 }
 PACK_8_BITS: Mutants = {
     "halves in one word": ("return h, 8 * i", "return 0, 8 * i"),
@@ -343,30 +342,28 @@ PACK_8_BITS: Mutants = {
     "the first word of a lane": ("number * count + word)\n", "number * count)\n"),
     "words of a lane apart": ("number * count + word)\n", "number + word)\n"),
 }
-READY: Mutants = {
-    "a key for another": ("T.min(key, p.keys - 1)) * (p.heads", "T.max(key - 1, 0)) * (p.heads"),
-    "values that are not there": ("T.if_then_else(key < p.keys, found", "T.if_then_else(key < p.keys + 1, found"),
-    "behind the last value": ("T.if_then_else(key < p.keys, found", "T.if_then_else(key < p.keys - 1, found"),
-    "dimensions that are not there": ("T.if_then_else(last > 0, keys", "T.if_then_else(last >= 0, keys"),
-    "keys of the first head": ("+ head * p.dim + chunk", "+ chunk"),
-    "values of the first head": ("+ head * p.dim + d]", "+ d]"),
-    "keys of another sample": ("T.bind((sample * p.keys + key)", "T.bind((key)"),
-    "values of another sample": ("found = values_[(sample * p.keys + T", "found = values_[(T"),
-    "the first part of a key": ("* p.dim + chunk * (together * packed))", "* p.dim)"),
-    "a key of two": ("T.bind(group * (GROUP * packed) + e)", "T.bind(group * (GROUP * packed) + e // 2 * 2)"),
-    "words turned": ("bfloat16.pair(*pair)", "bfloat16.pair(*pair[::-1])"),
-    "a thread of keys too few": ("(words // together))) as i", "(words // together)) - 1) as i"),
-    "a thread of keys too many": ("(words // together))) as i", "(words // together)) + 1) as i"),
-    "a thread of values too few": ("(p.heads * groups * p.dim)) as", "(p.heads * groups * p.dim) - 1) as"),
-    "a thread of values too many": ("(p.heads * groups * p.dim)) as", "(p.heads * groups * p.dim) + 1) as"),
-    "groups of four in any case": ("size = T.min(pairs - group * GROUP, GROUP)", "size = GROUP"),
-    "words over one another": ("+ (pair - group * GROUP)", "+ 0"),
-    "keys of the first head written": ("(sample * p.heads + head) * (p.keys", "(sample * p.heads) * (p.keys"),
+ROUNDING: Mutants = {
+    "not multiplied": ("vmath.f32(p.factor, 1)", "vmath.f32(1.0, 1)"),
+    "four values twice": ("i * together + first, size", "i * together, size"),
+    "values of the neighbour": ("for value in values], i * together)", "for value in values], i // 2 * together)"),
+    "a thread too few": ("(p.rows * p.width // together)) as i", "(p.rows * p.width // together) - 1) as i"),
+    "a thread too many": ("(p.rows * p.width // together)) as i", "(p.rows * p.width // together) + 1) as i"),
+    "the first sample": ("batch * (p.rows * p.width // together)", "p.rows * p.width // together"),
 }
-READY_WHOLE: Mutants = {
-    "four dimensions twice": ("keys, source + first, min(read", "keys, source, min(read"),
-    "the first four words of a key": ("+ key * words + chunk * together, found", "+ key * words, found"),
-    "values of the first group": ("p.dim, group * GROUP, d), found", "p.dim, 0 * group, d), found"),
+PADDED_ROUNDING: Mutants = {
+    "no zero behind a row": ("tirx.Select(column < p.width", "tirx.Select(column <= p.width"),
+    "a zero too many": ("tirx.Select(column < p.width", "tirx.Select(column < p.width - 1"),
+    "zeros are ones": ("value, vmath.f32(0.0, 1))", "value, vmath.f32(1.0, 1))"),
+    "the row before": ("x[row * p.width", "x[T.max(row - 1, 0) * p.width"),
+    "the first column": ("T.min(column, p.width - 1)", "T.min(column, 0)"),
+    "a value too few": ("(p.rows * p.pitch)) as i", "(p.rows * p.pitch) - 1) as i"),
+    "a value too many": ("(p.rows * p.pitch)) as i", "(p.rows * p.pitch) + 1) as i"),
+    "not multiplied": ("vmath.f32(p.factor, 1)", "vmath.f32(1.0, 1)"),
+}
+WHOLE_ROWS: Mutants = {
+    "the same row again": ("T.bind(first + i * together), chunk", "T.bind(first), chunk"),
+    "the first part of a row": ("T.bind(first + i * together), chunk", "T.bind(first + i * together), 0 * chunk"),
+    "rows of half of the threads": ("self.threads // chunks\n", "self.threads // chunks // 2\n"),
 }
 WGMMA_ATTENTION: Mutants = {
     "registers not in order": ("T.evaluate(T.ptx.wgmma.fence.sync.aligned())", "pass"),
@@ -378,11 +375,15 @@ WGMMA_ATTENTION: Mutants = {
     "no barrier before the last values": ("        barrier()\n        sum_values", "        sum_values"),
     "keys into the stage that is read": ("1, T.bind((step + 1) % STAGES))", "1, T.bind(step % STAGES))"),
     "values into the stage that is read": ("(step, T.bind(step % STAGES))", "(step, T.bind((step + 1) % STAGES))"),
-    "scores on scores": ("at, k > 0)", "at, True)"),
+    "scores on scores": ("at, k > 0, turned", "at, True, turned"),
     "the first dimensions again": (" + 2 * k * (t.key_pitch // GROUP)", ""),
-    "the first keys again": ("self.key_tiles + 2 * pair)", "self.key_tiles)"),
+    "the first keys again": (" + 16 * pair", ""),
+    "values of the first stage": ("stage * (t.value_words // GROUP)", "0 * stage"),
+    "values not turned": ("True, turned=True)", "True, turned=False)"),
+    "keys turned": ("k > 0, turned=False)", "k > 0, turned=True)"),
+    "matrices of values in another order": ("_layout(across, along)", "_layout(along, across)"),
     "rows of another pitch": ("(self.keys + 1) * GROUP", "self.keys * GROUP + 1"),
-    "matrices twice as close": ("(8 * 16 >> 4) << 32", "(8 * 16 >> 5) << 32"),
+    "matrices twice as close": ("along, across = 4 * t.key_pitch, 8 * 16", "along, across = 4 * t.key_pitch, 4 * 16"),
     "keys for values": ("operand(self.values,", "operand(self.keys,"),
     "weights of the first row": ("self._weight(row, tile), 2 * tile + row)", "self._weight(0, tile), 2 * tile + row)"),
     "half of the threads copy": ("return 32 * WARPS * self.t.groups", "return 32 * WARPS"),
@@ -456,7 +457,12 @@ def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
     """made: how many of the last are results."""
     draw = np.random.default_rng(0)
     arrays = [empty(a, batch) for a in arguments]
-    return [*(draw.standard_normal(a.shape).astype(a.dtype) for a in arrays[:-made]), *arrays[-made:]]
+
+    def drawn(array: np.ndarray) -> np.ndarray:
+        values = draw.standard_normal(array.shape)
+        return bfloat16(values.astype(np.float32)) if array.dtype == ROUNDED else values.astype(array.dtype)
+
+    return [*map(drawn, arrays[:-made]), *arrays[-made:]]
 
 
 CONV = QuantMatmul(9, 11, 36, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)  # its last step as well
@@ -466,15 +472,15 @@ WIDE = QuantMatmul.linear((130,), 362, 120, bits=4, groups=3, has_offset=True)  
 LONG = QuantMatmul.linear((5,), 1612, 60, bits=4, groups=3, has_offset=True)
 ROWS = norms_problems.LayerNorm(7, 2100, eps=1e-2)  # by a block of threads each
 HEADS = Attention(36, 75, 2, 20)  # whose result ends where nothing may be written
-FAST = fast_attention_problems.FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
+FAST = FastAttention(133, 75, 2, 36, scale=0.3, mask=("B", 1, 133, 75))
 FLOATS = float_gemm.Conv2d(9, 8, 12, 70, stride=(2, 1))
 BFLOAT16 = replace(FLOATS, packed=True, numerics=BF16)
 FEW = replace(BFLOAT16, channels=10, outputs=20)
-ODD = float_gemm.Conv2d(7, 9, 5, 20, packed=True, numerics=BF16)  # whose values are no pairs
 SHARED = float_gemm.Linear(3, 1600, 70, packed=True, numerics=BF16)  # by two blocks of threads
-SMALL = fast_attention_problems.Ready(5, 2, 5, BF16)
-WHOLE = fast_attention_problems.Ready(24, 2, 16, BF16)
-STEPS = fast_attention_problems.FastAttention(133, 200, 2, 40, scale=0.3, mask=("B", 1, 133, 200))
+SCALED = Rounding(5, 24, 24, 0.3)
+PADDED = Rounding(10, 5, 6, 0.3)
+ROWS_OF_64 = FastAttention(70, 80, 2, 64)
+STEPS = FastAttention(133, 200, 2, 40, scale=0.3, mask=("B", 1, 133, 200))
 SQUARES = norms_problems.RmsNorm(7, 2100, eps=1e-2)
 OF_WARPS = norms_problems.LayerNorm(11, 300, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
@@ -505,18 +511,10 @@ def _product(problem: QuantMatmul) -> list[np.ndarray]:
     return [data[a.name] if a.name in data else empty(a, 2) for a in arguments]
 
 
-def _fast_attention(problem: fast_attention_problems.FastAttention) -> list[np.ndarray]:
-    ready = fast_attention_problems.Ready(problem.keys, problem.heads, problem.dim, problem.numerics)
-    q, k, v, *rest = _draw(attention.arguments(problem), 2)
-    made = [empty(a, 2) for a in fast_attention_problems.outputs(ready)]
-    (results,) = Library({"ready": fast_attention.build(ready, "ready")}).run([("ready", [k, v, *made])])
-    return [q, *results[2:], *rest]
-
-
 def _bfloat16(problem: float_gemm.Linear | float_gemm.Conv2d) -> list[np.ndarray]:
     weight, panel = _draw(float_products.pack_arguments(problem), 1)
     packed = Library({"pack": float_products.build_pack(problem, "pack")}).run([("pack", [weight, panel])])[0][1]
-    x, _, *rest = _draw(float_gemm.arguments(problem), 2)
+    x, _, *rest = _draw(float_products.arguments(problem), 2)
     return [x, packed, *rest, *(empty(a, 2) for a in float_products.workspaces(problem))]
 
 
@@ -545,7 +543,13 @@ SUBJECTS = {
         cuda_attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(attention.arguments(HEADS), 2)
     ),
     "fast_attention": Subject(
-        fast_attention, FAST_ATTENTION, lambda m, n: m.build(FAST, n), lambda: _fast_attention(FAST)
+        fast_attention, FAST_ATTENTION, lambda m, n: m.build(FAST, n), lambda: _draw(fast_attention.arguments(FAST), 2)
+    ),
+    "whole rows": Subject(
+        fast_attention,
+        WHOLE_ROWS,
+        lambda m, n: m.build(ROWS_OF_64, n),
+        lambda: _draw(fast_attention.arguments(ROWS_OF_64), 2),
     ),
     "products": Subject(
         float_units, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
@@ -553,7 +557,6 @@ SUBJECTS = {
     "float products": Subject(
         float_products, FLOAT_PRODUCTS, lambda m, n: m.build(BFLOAT16, n), lambda: _bfloat16(BFLOAT16)
     ),
-    "odd floats": Subject(float_products, ODD_FLOATS, lambda m, n: m.build(ODD, n), lambda: _bfloat16(ODD)),
     "floats on Hopper": Subject(
         float_products, HOPPER_FLOATS, lambda m, n: m.build_on_hopper(SHARED, n), lambda: _bfloat16(SHARED)
     ),
@@ -583,15 +586,18 @@ SUBJECTS = {
     },
     **{
         name: Subject(
-            fast_attention,
+            rounding,
             mutants,
             lambda m, n, problem=problem: m.build(problem, n),
-            lambda problem=problem: _draw(fast_attention_problems.arguments(problem), 2, 2),
+            lambda problem=problem: _draw(rounding_problems.arguments(problem), 2),
         )
-        for name, mutants, problem in (("ready", READY, SMALL), ("ready, whole", READY_WHOLE, WHOLE))
+        for name, mutants, problem in (("rounding", ROUNDING, SCALED), ("padded", PADDED_ROUNDING, PADDED))
     },
     "wgmma attention": Subject(
-        wgmma_attention, WGMMA_ATTENTION, lambda m, n: m.build(STEPS, n), lambda: _fast_attention(STEPS)
+        wgmma_attention,
+        WGMMA_ATTENTION,
+        lambda m, n: m.build(STEPS, n),
+        lambda: _draw(fast_attention.arguments(STEPS), 2),
     ),
     "rms norm": Subject(
         norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(norms_problems.arguments(SQUARES), 2)

@@ -12,6 +12,7 @@ import numpy as np
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm
+from mpq_compiler.backends.tvm.kernels.problems.argument import ROUNDED
 from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
@@ -26,7 +27,7 @@ from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Quantize, TimeGroup
 from mpq_compiler.backends.tvm.kernels.problems.signatures import SIGNATURES
 from tests.harness.cuda.kernels import empty
-from tests.harness.float_kernels import same_bits
+from tests.harness.float_kernels import bfloat16, same_bits
 from tests.harness.shapes import with_widths
 
 CODES = Epilogue((Step("silu"), Step("quantize", value=8)))
@@ -139,6 +140,8 @@ def value(draw: np.random.Generator, case: Case, name: str, array: np.ndarray, g
         if widths:  # 2 bits of each row
             return (draw.integers(0, widths, (*array.shape, 4)) << np.arange(0, 8, 2)).sum(-1).astype(array.dtype)
         return draw.integers(0, 2, array.shape).astype(array.dtype)
+    if array.dtype == ROUNDED:
+        return bfloat16(draw.standard_normal(array.shape).astype(np.float32))
     if array.dtype.kind == "f":
         return draw.standard_normal(array.shape).astype(array.dtype)
     if array.dtype.itemsize == 1:

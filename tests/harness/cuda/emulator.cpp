@@ -23,7 +23,13 @@ static unsigned char parity[THREADS];
 static std::deque<std::vector<Copy>> copies[THREADS];
 // What four warps multiply together: 16 rows of a warp, A, by a matrix in shared memory, at which its operand points.
 // leading, period: bytes between matrices of 8 rows of 16 bytes, along the sum and along the columns.
-struct Product { std::vector<Word *> sums; Word a[2][8]; const char *b; unsigned leading, period; bool adds, floats, swaps; };
+struct Product {
+    std::vector<Word *> sums;
+    Word a[2][8];
+    const char *b;
+    unsigned leading, period;
+    bool adds, floats, swaps, turned;
+};
 static std::deque<std::vector<Product>> products[THREADS];
 static bool ordered[THREADS];   // registers, before the products that are asked for next
 static bool unseen[THREADS];    // what its copies have written to shared memory, by tensor cores that read there
@@ -224,6 +230,19 @@ void ldmatrix_x4(Word &r0, Word &r1, Word &r2, Word &r3, Word row) {
     }
 }
 
+// Lane 4 g + t has column g of a matrix of two-byte values, rows 2 t and 2 t + 1.
+void ldmatrix_x4_trans(Word &r0, Word &r1, Word &r2, Word &r3, Word row) {
+    int lane = current % LANES;
+    const Exchange *warp = exchange({{row}});
+    Word *registers[] = {&r0, &r1, &r2, &r3};
+    for (int k = 0; k < 4; ++k)
+        for (int e = 0; e < 2; ++e) {
+            const char *own = shared(warp[k * 8 + lane % 4 * 2 + e].words[0]) + lane / 4 * 2;
+            note(own, 2, READS);
+            memcpy((char *)registers[k] + 2 * e, own, 2);
+        }
+}
+
 struct Bfloat16 {
     uint16_t bits;
     operator float() const {
@@ -279,7 +298,8 @@ void mma_bf16(float &d0, float &d1, float &d2, float &d3, Word a0, Word a1, Word
 // wgmma m64nNk32 of bytes (PTX ISA 9.7.17.5): the registers of A and of sums are those of m16n8k32 above, of the warp's
 // 16 rows and of 8 columns after the other. Where the operand says so, the 16-byte parts of column n, 64 bytes wide,
 // lie swapped by n / 2 % 4, 8 columns in a period.
-// So it is of m64nNk16 of bfloat16 (9.7.17.5.1), whose operand may have no swapped parts as well.
+// So it is of m64nNk16 of bfloat16 (9.7.17.5.1), whose operand may have no swapped parts as well; turned, its 16-byte
+// parts are of 8 columns, not of 8 values of k.
 static const char *swapped(uintptr_t place) {
     uintptr_t within = place - (uintptr_t)&anchor;
     return (const char *)((uintptr_t)&anchor + (within ^ (within >> 7 & 3) << 4));
@@ -292,7 +312,8 @@ static void add_floats(const Product &p) {
         float sum = 0;
         if (p.adds) memcpy(&sum, p.sums[i], 4);
         for (int k = 0; k < 16; ++k) {
-            const char *value = p.b + k / 8 * p.leading + column / 8 * p.period + column % 8 * 16 + k % 8 * 2;
+            size_t within = p.turned ? k % 8 * 16 + column % 8 * 2 : column % 8 * 16 + k % 8 * 2;
+            const char *value = p.b + k / 8 * p.leading + column / 8 * p.period + within;
             if (p.swaps) value = swapped((uintptr_t)p.b + column / 8 * p.period + column % 8 * 64 + k * 2);
             note(value, 2, READS);
             sum += (float)((const Bfloat16 *)p.a[i / 2 % 2])[k] * (float)*(const Bfloat16 *)value;
@@ -320,18 +341,18 @@ void wgmma_fence() { ordered[current] = true; }
 void fence_async() { unseen[current] = false; }
 
 static void multiply(std::vector<Word *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds,
-                     bool floats) {
+                     bool floats, bool turned = false) {
     bool seen = ordered[current];
     for (int i = 0; i < threads; ++i) seen = seen && !unseen[i];
     if (!seen) { fprintf(stderr, "emulator: no fence before a product\n"); abort(); }
     bool swaps = operand >> 62 == 2;
-    if ((operand >> 62 && !swaps) || (!floats && !swaps) || operand >> 49 & 7) {
+    if ((operand >> 62 && !swaps) || (!floats && !swaps) || (turned && swaps) || operand >> 49 & 7) {
         fprintf(stderr, "emulator: an operand of another kind\n");
         abort();
     }
     int32_t behind = (int32_t)(asked_address - (Word)(operand << 4)) << 14 >> 14;  // of 18 bits
     auto field = [=](int first) { return (unsigned)(operand >> first & 0x3fff) << 4; };
-    Product p = {sums, {}, shared(asked_address - (Word)behind), field(16), field(32), adds, floats, swaps};
+    Product p = {sums, {}, shared(asked_address - (Word)behind), field(16), field(32), adds, floats, swaps, turned};
     const Exchange *warp = exchange({{a0, a1, a2, a3}});
     for (int half = 0; half < 2; ++half)
         for (int k = 0; k < 8; ++k) p.a[half][k] = warp[current % LANES / 4 * 4 + k % 4].words[half + k / 4 * 2];
@@ -343,10 +364,11 @@ void wgmma_s8_u8(std::initializer_list<Word *> sums, Word a0, Word a1, Word a2, 
     multiply(sums, a0, a1, a2, a3, operand, adds, false);
 }
 
-void wgmma_bf16(std::initializer_list<float *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds) {
+void wgmma_bf16(std::initializer_list<float *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds,
+                bool turned) {
     std::vector<Word *> words;
     for (float *sum : sums) words.push_back((Word *)sum);
-    multiply(words, a0, a1, a2, a3, operand, adds, true);
+    multiply(words, a0, a1, a2, a3, operand, adds, true, turned);
 }
 
 void wgmma_commit() {

@@ -54,6 +54,7 @@ void copy_or_fill(unsigned size, Word target, const void *source, Word word, int
 void commit();
 void wait_group(size_t left);
 void ldmatrix_x4(Word &r0, Word &r1, Word &r2, Word &r3, Word row);
+void ldmatrix_x4_trans(Word &r0, Word &r1, Word &r2, Word &r3, Word row);
 void cvt_bf16x2(Word &d, float high, float low);
 void mma_u8_s8(Word &d0, Word &d1, Word &d2, Word &d3, Word a0, Word a1, Word a2, Word a3, Word b0, Word b1, Word c0,
                Word c1, Word c2, Word c3);
@@ -62,7 +63,8 @@ void mma_bf16(float &d0, float &d1, float &d2, float &d3, Word a0, Word a1, Word
 void wgmma_fence();
 void fence_async();
 void wgmma_s8_u8(std::initializer_list<Word *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds);
-void wgmma_bf16(std::initializer_list<float *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds);
+void wgmma_bf16(std::initializer_list<float *> sums, Word a0, Word a1, Word a2, Word a3, uint64_t operand, bool adds,
+                bool turned);
 void wgmma_commit();
 void wgmma_wait(size_t left);
 float shuffle_xor(float value, int distance);

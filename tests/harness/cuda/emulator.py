@@ -81,7 +81,8 @@ def _helper(match: re.Match[str]) -> str:
         body = f"emulator::wgmma_s8_u8({{{sums}}}, {', '.join(own[-6:])});"
     elif "wgmma" in name and "f32_bf16_bf16" in name:
         sums = ", ".join(f"&{own_name}" for own_name in own[:-6])
-        body = f"emulator::wgmma_bf16({{{sums}}}, {', '.join(own[-6:])});"
+        turned = str(name.endswith("_1_1_1")).lower()
+        body = f"emulator::wgmma_bf16({{{sums}}}, {', '.join(own[-6:])}, {turned});"
     elif "wgmma_fence" in name:
         body = "emulator::wgmma_fence();"
     elif "wgmma_commit" in name:
@@ -96,8 +97,8 @@ def _helper(match: re.Match[str]) -> str:
         body = f"emulator::mma_bf16({arguments});"
     elif "cvt" in name and "rn_bf16x2_f32" in name:
         body = f"emulator::cvt_bf16x2({arguments});"
-    elif "ldmatrix" in name and "x4" in name and "trans" not in name:
-        body = f"emulator::ldmatrix_x4({arguments});"
+    elif "ldmatrix" in name and "x4" in name:
+        body = f"emulator::ldmatrix_x4{'_trans' if 'trans' in name else ''}({arguments});"
     elif "commit_group" in name:
         body = "emulator::commit();"
     elif "wait_group" in name:

@@ -18,7 +18,7 @@ from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma, keep, mul
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, grid, local, primfunc, shared, strided
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, grid, local, primfunc, put_values, shared, strided
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST, Attention, arguments
 from mpq_compiler.support.errors import UserError
@@ -121,7 +121,7 @@ def _body(problem: Attention, batch: Any, buffers: Buffers) -> None:
                     channel = T.bind(head * p.dim + place)
                     result = keep(mul(out[d], inverse))
                     done = finish(result, sample, (first + row,), channel, finish.quantizer(sample))
-                    store(y, done, (sample * p.queries + first + row) * p.channels + channel)
+                    put_values(y, [done], (sample * p.queries + first + row) * p.channels + channel)
 
                 if (d + 1) * row_threads <= p.dim:
                     write()

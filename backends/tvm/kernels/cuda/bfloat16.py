@@ -9,14 +9,13 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer
-from mpq_compiler.backends.tvm.kernels.cuda.threads import local
 
 MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
 
 
 def pair(low: Any, high: Any) -> Expr:
     """Two float32 as one word: each the nearest bfloat16, ties to even; NaN stays NaN."""
-    word = local(1, "uint32")
+    word = T.alloc_buffer((1,), "uint32", align=64, scope="local")
     T.evaluate(T.ptx["cvt.rn.bf16x2.f32"](word[0], high, low))
     return word[0]
 

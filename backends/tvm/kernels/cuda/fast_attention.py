@@ -5,9 +5,8 @@ of threads four warps; keys and values come by blocks to shared memory, one bloc
 and outputs stay in registers: as the tensor core leaves the scores of 16 keys, it takes their weights as a factor of
 the second product.
 
-Keys and values come from a kernel of their own (`Ready`), in words that are a tensor core's as they lie: pairs of
-dimensions of a key, and pairs of keys of a dimension, of values up to four pairs side by side (`value_word`). In shared
-memory no bank is met twice: rows of keys are so far apart, and 8 dimensions of 8 keys lie together.
+Queries, keys and values come in bfloat16, queries multiplied by `query_factor`. Values turn where they leave shared
+memory (`ldmatrix.trans`), whose rows are so far apart that no bank is met twice.
 
 Where registers or shared memory do not suffice for all dimensions of the output, several blocks of threads share them,
 and each computes the scores.
@@ -16,8 +15,9 @@ and each computes the scores.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tvm import tirx
@@ -36,8 +36,8 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     ROOM,
     any_lane,
     barrier,
-    each,
     grid,
+    in_units,
     local,
     of_lane,
     part,
@@ -46,17 +46,20 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     rolled,
     shared_bytes,
     strided,
-    values_of,
 )
+from mpq_compiler.backends.tvm.kernels.problems.argument import ROUNDED, Argument
 from mpq_compiler.backends.tvm.kernels.problems.attention import LOWEST
-from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
+from mpq_compiler.backends.tvm.kernels.problems.attention import arguments as of_floats
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets.numerics import BF16, PACKED
 
 WARPS, STAGES = 4, 2
 THREADS = 32 * WARPS
 GROUP = 4
-"""Words of values that lie side by side: 8 keys, a row of what `ldmatrix` reads and of an operand in shared memory."""
+"""Words of 8 dimensions, a row of what `ldmatrix` reads and of an operand in shared memory."""
+QKV = ("q", "k", "v")
+TURNED = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 FEW = 128
 """Keys that blocks of 64 would fill badly."""
 REGISTERS = 216
@@ -102,8 +105,8 @@ class Tile:
 
     @property
     def value_pitch(self) -> int:
-        """Words from 8 keys to the next 8: whole matrices of 8 dimensions."""
-        return -(-self.columns // 8) * 8 * GROUP
+        """Words from the value of a key to the next: an odd number of fours, as of keys."""
+        return (-(-self.columns // 8) | 1) * GROUP
 
     @property
     def key_words(self) -> int:
@@ -111,9 +114,14 @@ class Tile:
         return self.keys * self.key_pitch
 
     @property
+    def value_words(self) -> int:
+        """Words of shared memory for the values of a stage."""
+        return self.keys * self.value_pitch
+
+    @property
     def words(self) -> int:
         """Words of shared memory, for keys and values of all stages."""
-        return STAGES * (self.key_words + self.keys // 8 * self.value_pitch)
+        return STAGES * (self.key_words + self.value_words)
 
     @property
     def registers(self) -> int:
@@ -138,67 +146,23 @@ def tile(problem: FastAttention) -> Tile:
     raise UserError(f"no CUDA kernel computes attention in bfloat16 of heads with {dim} dimensions")
 
 
-def build(problem: FastAttention | Ready, name: str) -> PrimFunc:
-    """The kernel ``name(*problems.fast_attention.arguments(problem))``.
+def arguments(problem: FastAttention) -> list[Argument]:
+    """The buffers of `problems.attention`: q, k and v rounded, a zero behind each head of an odd dimension."""
+    words = problem.heads * (problem.dim + problem.dim % 2)
+    return [
+        replace(a, shape=(*a.shape[:-1], words), dtype=ROUNDED) if a.name in QKV else a for a in of_floats(problem)
+    ]
+
+
+def build(problem: FastAttention, name: str) -> PrimFunc:
+    """The kernel ``name(*arguments(problem))``.
 
     UserError: numerics or dimensions that no GPU's kernel has
     """
     if problem.numerics != BF16:
         raise UserError(f"no CUDA kernel computes attention in {problem.numerics}")
-    if isinstance(problem, Ready):
-        return primfunc(name, arguments(problem), lambda batch, buffers: _ready(problem, batch, buffers))
     own = tile(problem)
     return primfunc(name, arguments(problem), lambda batch, buffers: Kernel(problem, own, buffers).emit(batch))
-
-
-def _ready(problem: Ready, batch: Any, buffers: Buffers) -> None:
-    """A thread for 8 dimensions of a key, then for 8 values of a dimension: threads write side by side."""
-    p, packed = problem, PACKED[BF16]
-    words, pairs = -(-p.dim // packed), -(-p.keys // packed)
-
-    def write(target: Buffer, at: Index, values: list[Expr]) -> None:
-        pairs = [values[e : e + packed] for e in range(0, len(values), packed)]
-        put_values(target, [tirx.reinterpret("int32", bfloat16.pair(*pair)) for pair in pairs], at)
-
-    keys, values_ = flat(buffers["k"]), flat(buffers["v"])
-    packed_k, packed_v = flat(buffers["packed_k"]), flat(buffers["packed_v"])
-    together, read = 1 if p.dim % packed else math.gcd(words, GROUP), math.gcd(p.dim, 4)
-    with each(batch * (p.heads * p.keys * (words // together))) as i:
-        sample, head, key, chunk = unravel(i, p.heads, p.keys, words // together)
-        source = T.bind((sample * p.keys + key) * (p.heads * p.dim) + head * p.dim + chunk * (together * packed))
-        count = together * packed
-        if p.dim % packed:  # a pair at a time, of which the last has one
-            last = T.bind(p.dim - 1 - chunk * packed)
-            found = [keys[source], keep(T.if_then_else(last > 0, keys[source + T.min(last, 1)], f32(0.0, 1)))]
-        else:
-            found = [v for first in range(0, count, read) for v in values_of(keys, source + first, min(read, count))]
-        write(packed_k, (sample * p.heads + head) * (p.keys * words) + key * words + chunk * together, found)
-    groups, whole = -(-pairs // GROUP), pairs % GROUP == 0
-    with each(batch * (p.heads * groups * p.dim)) as i:
-        sample, head, group, d = unravel(i, p.heads, groups, p.dim)
-
-        def value(e: int) -> Expr:
-            key = T.bind(group * (GROUP * packed) + e)
-            found = values_[(sample * p.keys + T.min(key, p.keys - 1)) * (p.heads * p.dim) + head * p.dim + d]
-            return keep(T.if_then_else(key < p.keys, found, f32(0.0, 1)))
-
-        found = [value(e) for e in range(GROUP * packed)]
-        start = T.bind((sample * p.heads + head) * (pairs * p.dim))
-        if whole:
-            write(packed_v, start + value_word(pairs, p.dim, group * GROUP, d), found)
-            return
-        for e in range(GROUP):
-            pair = T.bind(group * GROUP + e)
-            with T.If(pair < pairs), T.Then():
-                at = start + value_word(pairs, p.dim, pair, d)
-                write(packed_v, at, found[packed * e : packed * (e + 1)])
-
-
-def value_word(pairs: int, dim: int, pair: Index, d: Index) -> Index:
-    """Where the word of a pair of keys and a dimension lies, of so many of a head; the last group may be smaller."""
-    group = T.bind(tirx.truncdiv(pair, GROUP))
-    size = T.min(pairs - group * GROUP, GROUP)
-    return group * (GROUP * dim) + d * size + (pair - group * GROUP)
 
 
 class Kernel:
@@ -213,6 +177,7 @@ class Kernel:
     def __init__(self, problem: FastAttention, tile: Tile, buffers: Buffers) -> None:
         self.p, self.t, self.buffers = problem, tile, buffers
         self.b = {name: flat(buffer) for name, buffer in buffers.items()}
+        self.b |= {name: in_units(self.b[name], "uint32", PACKED[BF16]) for name in QKV}
         self.column_tiles = -(-tile.columns // 8)
         self.key_tiles = tile.keys // 8
 
@@ -243,25 +208,26 @@ class Kernel:
 
     # ---------------------------------------------------------------------------------------------------- loading
 
+    @property
+    def _words(self) -> int:
+        """Words of a head."""
+        return -(-self.p.dim // PACKED[BF16])
+
+    def _of_head(self, rows: int, row: Index) -> Index:
+        """The first word of the head in a row of queries, keys or values."""
+        return ((self.sample * rows + row) * self.p.heads + self.head) * self._words
+
     def _queries(self) -> None:
-        p, t = self.p, self.t
-        scale = p.scale if p.scale is not None else 1.0 / math.sqrt(p.dim)
-        factor = f32(scale * vmath.LOG2_E, 1)
+        p, t, words = self.p, self.t, self._words
         for i in range(2 * t.fragments):
-            row = (self.sample * p.queries + T.min(self._row(i), p.queries - 1)) * p.channels
-            start = T.bind(row + self.head * p.dim)
-
-            def value(d: Index, whole: bool, start: Index = start) -> Expr:
-                if whole:
-                    return keep(mul(self.b["q"][start + d], factor))
-                found = mul(self.b["q"][start + T.min(d, p.dim - 1)], factor)
-                return keep(T.if_then_else(d < p.dim, found, f32(0.0, 1)))
-
+            start = T.bind(self._of_head(p.queries, T.min(self._row(i), p.queries - 1)))
             for step in range(t.steps):
                 for half in range(2):
-                    d = T.bind(16 * step + 8 * half + 2 * self.place)
-                    whole = 16 * step + 8 * half + 8 <= p.dim
-                    word = bfloat16.pair(value(d, whole), value(d + 1, whole))
+                    first = 8 * step + 4 * half
+                    at = T.bind(self.place + first)
+                    word = self.b["q"][start + (at if first + 4 <= words else T.min(at, words - 1))]
+                    if first + 4 > words:
+                        word = T.if_then_else(at < words, word, T.uint32(0))
                     store(self.query, word, (i // 2 * t.steps + step) * 4 + 2 * half + i % 2)
 
     def _clear(self) -> None:
@@ -274,51 +240,50 @@ class Kernel:
         self._load_values(step, stage)
 
     def _load_keys(self, step: Index, stage: Index) -> None:
-        """Behind the last key stands that again; behind the last dimension, zero."""
-        p, t = self.p, self.t
-        head = T.bind(self.sample * p.heads + self.head)
-        words = -(-p.dim // PACKED[BF16])
-        size, stored = math.gcd(words, 4), 8 * t.steps
-        with strided(self.thread, t.keys * (stored // size), self.threads) as i:
-            row, chunk = unravel(i, stored // size)
+        self._load_rows("k", step, 8 * self.t.steps, 0, lambda row, word: self._key_place(stage, row, word))
+
+    def _load_values(self, step: Index, stage: Index) -> None:
+        count = -(-self.t.columns // 8) * GROUP
+        first = self.first_column // PACKED[BF16]
+        self._load_rows("v", step, count, first, lambda row, word: self._value_place(stage, row, word))
+
+    def _load_rows(
+        self, name: str, step: Index, count: int, first: Index, place: Callable[[Index, Index], Index]
+    ) -> None:
+        """So many words, from a first one on, of the keys of a step, the last again behind the last; zeros behind them.
+
+        What stands behind the last key has no weight.
+        """
+        p, t, words = self.p, self.t, self._words
+        size, target = math.gcd(words, GROUP), {"k": self.keys, "v": self.values}[name]
+        with self._rows_of_step(count // size) as (row, chunk):
             key, word = step * t.keys + row, T.bind(chunk * size)
-            there: Index = True
-            if p.keys % t.keys:
-                key = T.min(key, p.keys - 1)
-            source = (head * p.keys + key) * words + word
-            if stored > words:
-                there, source = word < words, (head * p.keys + key) * words + T.min(word, words - size)
-            _copy(self.keys, self._key_place(stage, row, word), self.b["packed_k"], source, size, there)
+            own, there = first + word, True
+            if count != words:
+                own, there = T.min(first + word, words - size), first + word < words
+            source = self._of_head(p.keys, T.min(key, p.keys - 1) if p.keys % t.keys else key) + own
+            _copy(target, place(row, word), self.b[name], source, size, there)
+
+    @contextmanager
+    def _rows_of_step(self, chunks: int) -> Iterator[tuple[Index, Index]]:
+        """The parts of rows of a step that fall to a thread: where it can have the same of each row, it has."""
+        keys, together = self.t.keys, self.threads // chunks
+        if self.threads % chunks == 0 and keys % together == 0:
+            first, chunk = unravel(self.thread, chunks)
+            with T.serial(0, keys // together) as i:
+                yield T.bind(first + i * together), chunk
+            return
+        with strided(self.thread, keys * chunks, self.threads) as i:
+            row, chunk = unravel(i, chunks)
+            yield row, chunk
 
     def _key_place(self, stage: Index, row: Index, word: Index) -> Index:
         """Where in shared memory a word of a key is."""
         return (stage * self.t.keys + row) * self.t.key_pitch + word
 
-    def _load_values(self, step: Index, stage: Index) -> None:
-        """Behind the last value and the last dimension stands zero."""
-        p, t = self.p, self.t
-        pairs = -(-p.keys // PACKED[BF16])
-        own = T.bind((self.sample * p.heads + self.head) * (pairs * p.dim))
-        if p.keys % t.keys == 0 and t.columns == p.dim and p.dim % 8 == 0:  # a step is one block here and there
-            count = t.keys // 8 * p.dim
-            with strided(self.thread, count, self.threads) as i:
-                source = own + (step * count + i) * GROUP
-                _copy(self.values, (stage * count + i) * GROUP, self.b["packed_v"], source, GROUP, True)
-            return
-        columns = t.value_pitch // GROUP
-        with strided(self.thread, t.keys // 8 * columns, self.threads) as i:
-            group, column = unravel(i, columns)
-            d, number = T.bind(self.first_column + column), T.bind(step * (t.keys // 8) + group)
-            target = T.bind((stage * (t.keys // 8) + group) * t.value_pitch + column * GROUP)
-            if pairs % GROUP == 0:
-                there = tirx.all(number < pairs // GROUP, d < p.dim)
-                source = own + T.min(number, pairs // GROUP - 1) * (GROUP * p.dim) + T.min(d, p.dim - 1) * GROUP
-                _copy(self.values, target, self.b["packed_v"], source, GROUP, there)
-                return
-            for e in range(GROUP):
-                pair = T.bind(number * GROUP + e)
-                source = own + value_word(pairs, p.dim, T.min(pair, pairs - 1), T.min(d, p.dim - 1))
-                _copy(self.values, target + e, self.b["packed_v"], source, 1, tirx.all(pair < pairs, d < p.dim))
+    def _value_place(self, stage: Index, row: Index, word: Index) -> Index:
+        """Where in shared memory a word of a value is."""
+        return (stage * self.t.keys + row) * self.t.value_pitch + word
 
     # --------------------------------------------------------------------------------------------------- products
 
@@ -419,15 +384,15 @@ class Kernel:
         t = self.t
         weights, words = local(t.fragments * 4, "uint32"), local(4, "uint32")
         matrix = T.bind(self.lane // 8)  # of four: 8 keys each, of 8 dimensions, then of the next 8
-        start = T.bind((stage * (t.keys // 8) + matrix % 2) * t.value_pitch + self.lane % 8 * GROUP)
+        start = T.bind((stage * t.keys + matrix % 2 * 8 + self.lane % 8) * t.value_pitch)
         for tile in range(0, self.key_tiles, 2):
             for row in range(2 * t.fragments):
                 for half in range(2):
                     store(weights, self._weight(row, tile + half), row // 2 * 4 + 2 * half + row % 2)
             for column in range(0, self.column_tiles, 2):
                 more = min(2, self.column_tiles - column)
-                at = start + (tile * t.value_pitch + 8 * GROUP * column) + matrix // 2 * ((more - 1) * 8 * GROUP)
-                T.evaluate(T.ptx[LDMATRIX](*(words[r] for r in range(4)), self.values.ptr_to([at])))
+                at = start + (8 * tile * t.value_pitch + GROUP * column) + matrix // 2 * ((more - 1) * GROUP)
+                T.evaluate(T.ptx[TURNED](*(words[r] for r in range(4)), self.values.ptr_to([at])))
                 for own in range(more):
                     for i in range(t.fragments):
                         left, right = [weights[i * 4 + r] for r in range(4)], [words[2 * own + r] for r in range(2)]
@@ -449,15 +414,18 @@ class Kernel:
             query = T.bind(self._row(row))
             with T.If(query < p.queries), T.Then():
                 inverse = keep(vmath.reciprocal(self.total[row]))
+                together = PACKED[BF16] if p.dim % PACKED[BF16] == 0 else 1
                 for tile in range(self.column_tiles):
-                    for e in range(2):
+                    for e in range(0, PACKED[BF16], together):
                         at = (row // 2 * self.column_tiles + tile) * 4 + row % 2 * 2 + e
                         d = T.bind(self.first_column + 2 * self.place + (8 * tile + e))
                         with T.If(d < p.dim), T.Then():
-                            value = keep(mul(self.out[at], inverse))
                             channel = T.bind(self.head * p.dim + d)
-                            done = finish(value, self.sample, (query,), channel, quant)
-                            store(self.b["y"], done, (self.sample * p.queries + query) * p.channels + channel)
+                            done = [
+                                finish(keep(mul(self.out[at + i], inverse)), self.sample, (query,), channel + i, quant)
+                                for i in range(together)
+                            ]
+                            put_values(self.b["y"], done, (self.sample * p.queries + query) * p.channels + channel)
 
 
 def _exp2(x: Expr) -> Expr:

@@ -2,14 +2,12 @@
 
 In bytes this is the product of `gemm`, or on Hopper of `wgmma`: a channel in bfloat16 is two channels of 8 bits, the
 instructions of 16 values take the registers and the operands that those of 32 bytes take, and weights lie as
-`weights.Fragments` of 8 bits. A grid before the product rounds the activations, each once, however many blocks of
-threads read it. Where few tiles share a long k axis, as many blocks share each, whatever the batch: sums of floats have
-an order.
+`weights.Fragments` of 8 bits. Activations are in bfloat16 in memory (`plan.rounding`). Where few tiles share a long k
+axis, as many blocks share each, whatever the batch: sums of floats have an order.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,10 +22,10 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, fl
 from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
-from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc, put_values, values_of
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, Fragments
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm
-from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, ROUNDED, Argument
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
@@ -54,18 +52,16 @@ def in_bytes(problem: Product) -> QuantMatmul:
 
 
 def arguments(problem: Product) -> list[Argument]:
-    """The buffers of `problems.float_gemm` in calling order, with the weight as `pack_arguments` lays it out."""
-    panel = pack_arguments(problem)[1]
-    return [replace(a, shape=panel.shape) if a.name == "weight" else a for a in float_gemm.arguments(problem)]
+    """The buffers of `problems.float_gemm` in calling order, with x rounded and the weight of `pack_arguments`."""
+    x, _, *rest = float_gemm.arguments(problem)
+    return [replace(x, dtype=ROUNDED), replace(pack_arguments(problem)[1], name="weight"), *rest]
 
 
 def workspaces(problem: Product) -> list[Argument]:
-    """The activations in bfloat16, `rounded`; where blocks share the k axis the `parts` of their sums."""
+    """The `parts` of sums where blocks share the k axis."""
     own = in_bytes(problem)
-    rounded = Argument("rounded", (BATCH, own.height * own.width * (own.channels // BYTES)), "uint16")
-    if (count := splits(own)) == 1:
-        return [rounded]
-    return [rounded, Argument("parts", (BATCH, count * own.rows * own.outputs))]
+    count = splits(own)
+    return [] if count == 1 else [Argument("parts", (BATCH, count * own.rows * own.outputs))]
 
 
 def splits(own: QuantMatmul) -> int:
@@ -105,27 +101,11 @@ def built(
 
     def body(batch: Any, buffers: Buffers) -> None:
         own = replace(in_bytes(problem), epilogue=problem.epilogue)
-        named = buffers | {"tiles": buffers["weight"], "out": buffers["y"], "x": rounded(own, batch, buffers)}
+        x = T.decl_buffer((batch * (own.height * own.width * own.channels),), "uint8", data=buffers["x"].data)
+        named = buffers | {"tiles": buffers["weight"], "out": buffers["y"], "x": x}
         make(own, tile(own), named, splits(own)).emit(batch)
 
     return primfunc(name, [*given, *workspaces(problem)], body)
-
-
-def rounded(own: QuantMatmul, batch: Any, buffers: Buffers) -> Any:
-    """Launches what rounds the activations, and returns their bytes."""
-    x, target = flat(buffers["x"]), flat(buffers["rounded"])
-    size = own.height * own.width * (own.channels // BYTES)
-    together = math.gcd(size, VALUES)
-    words = T.decl_buffer((batch * size // BYTES,), "uint32", data=target.data)
-    with each(batch * (size // together)) as i:
-        if together == 1:
-            store(target, T.cast(bfloat16.pair(x[i], vmath.f32(0.0, 1)) & T.uint32(0xFFFF), "uint16"), i)
-        else:
-            read = min(together, 4)
-            values = [v for first in range(0, together, read) for v in values_of(x, i * together + first, read)]
-            pairs = [bfloat16.pair(*values[e : e + BYTES]) for e in range(0, together, BYTES)]
-            put_values(words, pairs, i * (together // BYTES))
-    return T.decl_buffer((batch * size * BYTES,), "uint8", data=target.data)
 
 
 def build_pack(problem: Product, name: str) -> PrimFunc:

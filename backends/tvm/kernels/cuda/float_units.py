@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish
 from mpq_compiler.backends.tvm.kernels.common.panels import panel_column
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.common.vmath import f32, fma
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, primfunc, shared
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, each, grid, local, primfunc, put_values, shared
 from mpq_compiler.backends.tvm.kernels.problems import float_gemm, matmul
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 
@@ -74,7 +74,7 @@ def _body(problem: Linear | Conv2d, batch: Any, buffers: Buffers) -> None:
         if not isinstance(problem, Linear):
             own = unravel(own[0], problem.out_width)
         done = finish(vmath.keep(total), sample, own, output, finish.quantizer(sample))
-        store(y, done, row * outputs + output)
+        put_values(y, [done], row * outputs + output)
 
     def start(output: Any) -> Expr:
         return buffers["bias"][output] if problem.bias else f32(0.0, 1)

@@ -13,9 +13,9 @@ from tvm.tirx import PrimFunc
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
 from mpq_compiler.backends.tvm.kernels.common.pointwise import evaluate
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, sample_view, store, unravel
-from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc
-from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH
+from mpq_compiler.backends.tvm.kernels.common.template import Buffers, sample_view, unravel
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc, put_values
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, ROUNDED
 from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, arguments
 from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions
 
@@ -49,5 +49,6 @@ def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
             sign = tirx.Select(tirx.EQ(odd, 0), vmath.f32(-1.0, 1), vmath.f32(1.0, 1))
             return vmath.mul(vmath.cast(value, "float32"), sign)
 
-        value = vmath.cast(evaluate(program, load, quant, 1, partner), program.out_dtype)
-        store(views[-1][0], value, T.bind(at(-1, place)))
+        value = evaluate(program, load, quant, 1, partner)
+        own = value if program.out_dtype == ROUNDED else vmath.cast(value, program.out_dtype)
+        put_values(views[-1][0], [own], T.bind(at(-1, place)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tvm.tirx import PrimFunc
@@ -18,6 +18,7 @@ from mpq_compiler.backends.tvm.kernels.cuda import (
     norms,
     pointwise,
     quantize,
+    rounding,
     weight_only,
     weights,
     wgmma,
@@ -73,10 +74,11 @@ TEMPLATES: dict[str, Template] = {
     "dequantize": _portable("dequantize", weights.build_dequantize),
     "float8": _portable("float8", weights.build_float8),
     "quantize": _portable("quantize", quantize.build),
+    "rounding": _portable("rounding", rounding.build),
     "norms": _portable("norms", norms.build, norms.workspaces),
     "hadamard": _portable("hadamard", norms.build_hadamard),
     "attention": _portable("attention", attention.build),
-    "fast_attention": replace(_portable("fast_attention", fast_attention.build), hopper=wgmma_attention.build),
+    "fast_attention": Template(fast_attention.build, fast_attention.arguments, hopper=wgmma_attention.build),
     "pointwise": _portable("pointwise", pointwise.build),
     "movement": _portable("movement", movement.build),
     "float_gemm": Template(

@@ -13,7 +13,8 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import template, vmath
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, store
-from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
+from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
+from mpq_compiler.backends.tvm.kernels.problems.argument import ROUNDED, Argument
 
 THREADS = 256
 """Threads of a block in kernels whose threads share nothing."""
@@ -99,27 +100,32 @@ def values_of(buffer: Buffer, at: Index, count: int) -> list[Expr]:
     """Neighbouring values of a buffer, 1, 2 or 4 of them, read at once; `at` is a multiple of their number."""
     if count == 1:
         return [vmath.keep(buffer[at])]
-    vector = T.bind(_in_units(buffer, f"{buffer.dtype}x{count}", count)[T.bind(at // count)])
+    vector = T.bind(in_units(buffer, f"{buffer.dtype}x{count}", count)[T.bind(at // count)])
     return [vmath.keep(tirx.Shuffle([vector], [i])) for i in range(count)]
 
 
 def put_values(buffer: Buffer, values: Sequence[Expr], at: Index) -> None:
-    """Stores neighbouring values at once, as `values_of` reads them."""
+    """Stores neighbouring values at once, as `values_of` reads them; float32 go as bfloat16 to `ROUNDED`."""
     count = len(values)
-    if count == 1:
+    if buffer.dtype == ROUNDED and count == 1:
+        store(buffer, T.cast(bfloat16.pair(values[0], vmath.f32(0.0, 1)) & T.uint32(0xFFFF), ROUNDED), at)
+    elif buffer.dtype == ROUNDED:
+        words = [bfloat16.pair(*values[e : e + 2]) for e in range(0, count, 2)]
+        put_values(in_units(buffer, "uint32", 2), words, at // 2)
+    elif count == 1:
         store(buffer, values[0], at)
     elif buffer.dtype == "uint8":
         word: Any = T.uint32(0)
         for i, value in enumerate(values):
             word = word | T.cast(value, "uint32") << T.uint32(8 * i)
         unit = f"uint{8 * count}"
-        store(_in_units(buffer, unit, count), T.cast(word, unit), at // count)
+        store(in_units(buffer, unit, count), T.cast(word, unit), at // count)
     else:
         whole = tirx.Shuffle(list(values), list(range(count)))
-        store(_in_units(buffer, f"{buffer.dtype}x{count}", count), whole, at // count)
+        store(in_units(buffer, f"{buffer.dtype}x{count}", count), whole, at // count)
 
 
-def _in_units(buffer: Buffer, dtype: str, count: int) -> Buffer:
+def in_units(buffer: Buffer, dtype: str, count: int) -> Buffer:
     """The buffer, of one dimension, in units of so many values."""
     size = tirx.truncdiv(buffer.shape[0] + (count - 1), count)
     return T.decl_buffer((size,), dtype, data=buffer.data, scope=buffer.scope())

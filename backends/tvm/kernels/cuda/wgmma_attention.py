@@ -1,9 +1,9 @@
 """Attention in bfloat16 on Hopper's tensor cores, which four warps drive together (`wgmma`).
 
 The tiles, rows and results of `fast_attention`: both kinds of instruction leave scores and outputs in registers alike.
-Queries and weights come from registers, keys and values from shared memory, where they lie in matrices of 8 rows of 16
-bytes, side by side. The values of a step are summed while the scores of the next become weights (Shah et al.,
-"FlashAttention-3", arXiv 2407.08608, section 3.2).
+Queries and weights come from registers, keys and values from shared memory, where 8 dimensions of all keys lie
+together, 16 bytes of each: the sum goes along these for keys, across them for values. The values of a step are summed
+while the scores of the next become weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Index, store
 from mpq_compiler.backends.tvm.kernels.cuda import fast_attention
-from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, STAGES
+from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, STAGES, arguments
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc, rolled
 from mpq_compiler.backends.tvm.kernels.cuda.wgmma import operand, settled
-from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready, arguments
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.targets.numerics import BF16
 
 WARPS = 4
@@ -49,8 +49,16 @@ class Tile(fast_attention.Tile):
         return (self.keys + 1) * GROUP
 
     @property
+    def value_pitch(self) -> int:
+        return self.key_pitch
+
+    @property
     def key_words(self) -> int:
         return 2 * self.steps * self.key_pitch
+
+    @property
+    def value_words(self) -> int:
+        return -(-self.columns // 8) * self.value_pitch
 
 
 def tile(problem: FastAttention) -> Tile | None:
@@ -64,9 +72,9 @@ def tile(problem: FastAttention) -> Tile | None:
     return found if fits else None
 
 
-def build(problem: FastAttention | Ready, name: str) -> PrimFunc | None:
+def build(problem: FastAttention, name: str) -> PrimFunc | None:
     """Build the kernel of an attention on wgmma; None where `fast_attention.build` has the better one."""
-    if isinstance(problem, Ready) or problem.numerics != BF16 or (own := tile(problem)) is None:
+    if problem.numerics != BF16 or (own := tile(problem)) is None:
         return None
     return primfunc(name, arguments(problem), lambda batch, buffers: _Kernel(problem, own, buffers).emit(batch))
 
@@ -82,6 +90,9 @@ class _Kernel(fast_attention.Kernel):
     def _key_place(self, stage: Index, row: Index, word: Index) -> Index:
         return stage * self.t.key_words + word // GROUP * self.t.key_pitch + row * GROUP + word % GROUP
 
+    def _value_place(self, stage: Index, row: Index, word: Index) -> Index:
+        return stage * self.t.value_words + word // GROUP * self.t.value_pitch + row * GROUP + word % GROUP
+
     def _land(self) -> None:
         super()._land()
         T.evaluate(T.ptx["fence.proxy.async.shared::cta"]())  # the tensor cores read what these copies have written
@@ -90,7 +101,8 @@ class _Kernel(fast_attention.Kernel):
         p, t = self.p, self.t
         steps = -(-p.keys // t.keys)
         self.weights = local(self.key_tiles * 2, "uint32")
-        keys, values = operand(self.keys, _layout(t.key_pitch)), operand(self.values, _layout(t.value_pitch))
+        along, across = 4 * t.key_pitch, 8 * 16
+        keys, values = operand(self.keys, _layout(along, across)), operand(self.values, _layout(across, along))
 
         def load(step: Index) -> None:
             """The values of a step and the keys of the next."""
@@ -106,7 +118,7 @@ class _Kernel(fast_attention.Kernel):
             for k in range(t.steps):
                 query = [self.query[4 * k + r] for r in range(4)]
                 at = keys + T.cast(stage * (t.key_words // GROUP) + 2 * k * (t.key_pitch // GROUP), "uint64")
-                self._multiply(self.scores, query, at, k > 0)
+                self._multiply(self.scores, query, at, k > 0, turned=False)
             T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
 
         def sum_values(step: Index) -> None:
@@ -114,8 +126,8 @@ class _Kernel(fast_attention.Kernel):
             stage = T.bind(step % STAGES)
             for pair in range(self.key_tiles // 2):
                 own = [self.weights[4 * pair + r] for r in range(4)]
-                first = (stage * self.key_tiles + 2 * pair) * (t.value_pitch // GROUP)
-                self._multiply(self.out, own, values + T.cast(first, "uint64"), True)
+                first = stage * (t.value_words // GROUP) + 16 * pair
+                self._multiply(self.out, own, values + T.cast(first, "uint64"), True, turned=True)
             T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
 
         def weigh(step: Index, pending: int) -> None:
@@ -154,12 +166,13 @@ class _Kernel(fast_attention.Kernel):
         T.evaluate(T.ptx.wgmma.wait_group.sync.aligned(0))
         settled(self.out)
 
-    def _multiply(self, sums: Buffer, rows: list[Index], operand: Index, adds: bool) -> None:
+    def _multiply(self, sums: Buffer, rows: list[Index], operand: Index, adds: bool, turned: bool) -> None:
+        """turned: what lies together in shared memory belongs to several sums, not to one."""
         count = int(sums.shape[0])
         instruction = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16"
-        T.evaluate(T.ptx[instruction](*(sums[r] for r in range(count)), *rows, operand, adds, 1, 1, 0))
+        T.evaluate(T.ptx[instruction](*(sums[r] for r in range(count)), *rows, operand, adds, 1, 1, int(turned)))
 
 
-def _layout(pitch: int) -> int:
-    """Matrices of 8 rows that follow one another; so many words to the next one along the sum."""
-    return (pitch * 4 >> 4) << 16 | (8 * 16 >> 4) << 32
+def _layout(along: int, across: int) -> int:
+    """Matrices of 8 rows of 16 bytes, so many bytes from one to the next along the sum, and across it."""
+    return (along >> 4) << 16 | (across >> 4) << 32

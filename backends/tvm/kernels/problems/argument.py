@@ -8,6 +8,8 @@ from dataclasses import dataclass
 BATCH = "B"
 """The only symbolic size."""
 Shape = tuple[int | str, ...]
+ROUNDED = "uint16"
+"""Element type of values stored in bfloat16, as the upper halves of the nearest float32."""
 
 
 @dataclass(frozen=True)

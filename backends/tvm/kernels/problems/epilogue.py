@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument, Shape
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, ROUNDED, Argument, Shape
 from mpq_compiler.backends.tvm.kernels.problems.operations import BINARY, UNARY
 
 OPERAND_KINDS = ("full", "sample", "channel", "scalar")
@@ -55,14 +55,18 @@ class Operand:
 class Epilogue:
     """The steps behind an anchor, in order, and the operands they read.
 
-    keeps: what the quantizer at the end reads is a result as well (of `gemm` only)
+    keeps:   what the quantizer at the end reads is a result as well (of `gemm` only)
+    rounded: the result is stored in bfloat16 (on GPUs alone)
     """
 
     steps: tuple[Step, ...] = ()
     operands: tuple[Operand, ...] = ()
     keeps: bool = False
+    rounded: bool = False
 
     def __post_init__(self) -> None:
+        if self.rounded and self.bits is not None:
+            raise ValueError("codes are stored as they are, and not rounded")
         if self.keeps and self.bits is None:
             raise ValueError("without a quantizer at the end there is no second result")
         for i, step in enumerate(self.steps):
@@ -92,7 +96,9 @@ class Epilogue:
     @property
     def out_dtype(self) -> str:
         """Element type of the kernel's output."""
-        return "float32" if self.bits is None else "uint8"
+        if self.bits is not None:
+            return "uint8"
+        return ROUNDED if self.rounded else "float32"
 
 
 def epilogue_arguments(epilogue: Epilogue, rows: Shape, channels: int, time_groups: int) -> list[Argument]:

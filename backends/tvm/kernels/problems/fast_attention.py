@@ -1,10 +1,12 @@
 """Attention with products in bfloat16 or in 8 bits: `ops.attention` with those numerics.
 
-A kernel of their own (`Ready`) makes keys and values ready, so that those of a text are made once.
+A kernel of their own (`Ready`) makes keys and values ready, so that those of a text are made once. GPUs read queries,
+keys and values in bfloat16 as they lie (`plan.rounding`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
@@ -19,6 +21,11 @@ class FastAttention(Attention):
     """`Attention` with q [B, queries, heads*dim] and, for k and v, what `Ready` makes of them."""
 
     numerics: str = BF16
+
+
+def query_factor(scale: float | None, dim: int) -> float:
+    """What queries are multiplied by, so that scores are powers of two."""
+    return (scale if scale is not None else 1.0 / math.sqrt(dim)) * math.log2(math.e)
 
 
 @dataclass(frozen=True)

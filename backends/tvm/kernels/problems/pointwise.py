@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument, Shape
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, ROUNDED, Argument, Shape
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import quantizer_arguments
 
 
@@ -62,7 +62,8 @@ class PointwiseProgram:
              input without it is the same for every sample. Integers and float16 become float32 when read.
     steps:   in order; a step may read earlier ones
     shape:   of the output, ``"B"`` first where there is a batch
-    dtype:   of the output where nothing quantizes; integers are truncated towards zero and must be in range
+    dtype:   of the output where nothing quantizes; integers are truncated towards zero and must be in range; in
+             "bfloat16" (on GPUs alone) it is stored as `argument.ROUNDED`
     windows: where inputs lie in their buffers, None for those that are their whole buffers; () where all are
 
     Arguments: x0, x1, ..., then qscale, qzero and group where the program ends in ``quantize``, y.
@@ -100,7 +101,9 @@ class PointwiseProgram:
     @property
     def out_dtype(self) -> str:
         """Element type of the output."""
-        return self.dtype if self.bits is None else "uint8"
+        if self.bits is not None:
+            return "uint8"
+        return ROUNDED if self.dtype == "bfloat16" else self.dtype
 
     @property
     def accesses(self) -> list[Window]:

@@ -19,6 +19,7 @@ from mpq_compiler.backends.tvm.kernels.problems import (
     pointwise,
     quantize,
     rans,
+    rounding,
 )
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 
@@ -49,5 +50,6 @@ SIGNATURES: dict[str, Signature] = {
     "float8": Signature(float8.arguments),
     "dequantize": Signature(dequantize.arguments),
     "rans": Signature(rans.arguments),
+    "rounding": Signature(rounding.arguments),
 }
 """Signatures by family, without integer products: how their weights lie in memory is a device's choice."""
