@@ -116,8 +116,8 @@ WGMMA: Mutants = {
     "half of the weights": ("self.decoded[first + j", "self.decoded[j"),
     "the zero point of another row": ("self.first_row + self._row_of_thread()", "self.first_row + self.lane"),
     "a word too few": ("for e in range(CHUNK // 4):", "for e in range(CHUNK // 4 - 1):"),
-    "sums of another row": ("// 4 * 8 + self.lane % 4 * 2 + at % 2]", "// 4 * 8 + self.lane % 4 * 2]"),
-    "no barrier before sums": ("        barrier()\n        with T.If", "        with T.If"),
+    "sums of another row": ("// 4 * 8 + self.lane % 4 * 2 + at % 2)", "// 4 * 8 + self.lane % 4 * 2)"),
+    "no barrier before sums": ("            barrier()\n        with T.If", "            pass\n        with T.If"),
     "sums by two threads": ("with T.If(self._first_of_row())", "with T.If(self.thread >= 0)"),
 }
 SPLIT_WGMMA: Mutants = {"sums of rows by no one": ("return self.thread < self.t.rows", "return self.thread < 0")}
@@ -212,6 +212,18 @@ SHARED_STEPS: Mutants = {
     "a first tap too long": ("store(self.left, steps - within, 0)", "store(self.left, steps, 0)"),
     "a first line too long": ("p.kernel[1] - dx, 1)", "p.kernel[1], 1)"),
     "begins with the border of the first tap": ('>> T.cast(tap, "uint32")', ">> T.uint32(0)"),
+}
+SEGMENTS: Mutants = {
+    "half of the zero points": ("value * factor)", "value // 2 * factor)"),
+    "zero points of the first segment": ("T.min(segment, len(self.p.segments) - 1)", "T.min(segment, 0)"),
+    "zero points for codes": ("-16 if self.p.integers", "-1 if self.p.integers"),
+    "an eighth": ("vmath.f32(1 / 16, 1)", "vmath.f32(1 / 8, 1)"),
+    "the group of the first sample": ("row = self.first_row\n", "row = 0 * self.first_row\n"),
+    "zero points of the segment before": ("self._clear_sums(own + 1)", "self._clear_sums(own)"),
+}
+WGMMA_SEGMENTS: Mutants = {
+    "activations of the last segment": ("segment * self.t.rows + self._row", "self._row"),
+    "activations of the first segment": ("segment * self.t.rows + (at", "(at"),
 }
 FLOAT_PRODUCTS: Mutants = {
     "sums of the neighbour": ("return self.sums[at]", "return self.sums[at // 2 * 2]"),
@@ -376,17 +388,22 @@ WGMMA_ATTENTION: Mutants = {
     "keys into the stage that is read": ("1, T.bind((step + 1) % STAGES))", "1, T.bind(step % STAGES))"),
     "values into the stage that is read": ("(step, T.bind(step % STAGES))", "(step, T.bind((step + 1) % STAGES))"),
     "scores on scores": ("at, k > 0, turned", "at, True, turned"),
-    "the first dimensions again": (" + 2 * k * (t.key_pitch // GROUP)", ""),
-    "the first keys again": (" + 16 * pair", ""),
-    "values of the first stage": ("stage * (t.value_words // GROUP)", "0 * stage"),
+    "the first dimensions again": (" + k * 16 // PACKED[BF16] % ROW", ""),
+    "the first keys again": (" + 16 * pair * ROW", ""),
+    "values of the first stage": ("(stage * t.value_words +", "(0 * stage +"),
     "values not turned": ("True, turned=True)", "True, turned=False)"),
     "keys turned": ("k > 0, turned=False)", "k > 0, turned=True)"),
-    "matrices of values in another order": ("_layout(across, along)", "_layout(along, across)"),
-    "rows of another pitch": ("(self.keys + 1) * GROUP", "self.keys * GROUP + 1"),
-    "matrices twice as close": ("along, across = 4 * t.key_pitch, 8 * 16", "along, across = 4 * t.key_pitch, 4 * 16"),
+    "rows of another pitch": ("row * ROW + chunk", "row * (ROW - GROUP) + chunk"),
+    "chunks in order": ("row % (ROW // GROUP))", "0 * row)"),
+    "matrices twice as close": ("(8 * ROW // GROUP) << 32", "(4 * ROW // GROUP) << 32"),
     "keys for values": ("operand(self.values,", "operand(self.keys,"),
     "weights of the first row": ("self._weight(row, tile), 2 * tile + row)", "self._weight(0, tile), 2 * tile + row)"),
     "half of the threads copy": ("return 32 * WARPS * self.t.groups", "return 32 * WARPS"),
+}
+WIDE_HEADS: Mutants = {
+    "the first block of a key": ("k * 16 // (PACKED[BF16] * ROW) * t.keys * ROW +", "0 +"),
+    "blocks over one another": ("word // ROW * (self.t.keys * ROW)", "0 * word"),
+    "blocks twice as close": ("(t.keys * ROW // GROUP) << 16", "(t.keys * ROW // GROUP // 2) << 16"),
 }
 OF_WARPS_NORM: Mutants = {
     "no mean": (
@@ -468,6 +485,9 @@ def _draw(arguments: Any, batch: int, made: int = 1) -> list[np.ndarray]:
 CONV = QuantMatmul(9, 11, 36, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)  # its last step as well
 STEADY = QuantMatmul(9, 11, 128, 60, (3, 3), (1, 2), (1, 1, 1, 1), bits=4, groups=3)  # whole steps, two of a tap
 DEEP = QuantMatmul(3, 4, 192, 60, (3, 3), padding=(1, 1, 1, 1), bits=4, groups=3)  # its second half begins in a tap
+SEGMENTED = QuantMatmul.linear(
+    (64,), 96, 64, segments=(32,) * 3, bits=4, groups=3, has_offset=True, integers=True
+)  # a tile is of one sample
 WIDE = QuantMatmul.linear((130,), 362, 120, bits=4, groups=3, has_offset=True)  # the last step is in the first stage
 LONG = QuantMatmul.linear((5,), 1612, 60, bits=4, groups=3, has_offset=True)
 ROWS = norms_problems.LayerNorm(7, 2100, eps=1e-2)  # by a block of threads each
@@ -481,6 +501,7 @@ SCALED = Rounding(5, 24, 24, 0.3)
 PADDED = Rounding(10, 5, 6, 0.3)
 ROWS_OF_64 = FastAttention(70, 80, 2, 64)
 STEPS = FastAttention(133, 200, 2, 40, scale=0.3, mask=("B", 1, 133, 200))
+OF_72 = FastAttention(70, 75, 1, 72)
 SQUARES = norms_problems.RmsNorm(7, 2100, eps=1e-2)
 OF_WARPS = norms_problems.LayerNorm(11, 300, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
@@ -536,6 +557,10 @@ SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
     "whole steps": Subject(gemm, WHOLE_STEPS, lambda m, n: m.build(STEADY, n), lambda: _product(STEADY)),
     "shared steps": Subject(gemm, SHARED_STEPS, lambda m, n: m.build(DEEP, n), lambda: _product(DEEP)),
+    "segments": Subject(gemm, SEGMENTS, lambda m, n: m.build(SEGMENTED, n), lambda: _product(SEGMENTED)),
+    "segments on wgmma": Subject(
+        wgmma, WGMMA_SEGMENTS, lambda m, n: m.build(SEGMENTED, n), lambda: _product(SEGMENTED)
+    ),
     "wgmma": Subject(wgmma, WGMMA, lambda m, n: m.build(WIDE, n), lambda: _product(WIDE)),
     "split wgmma": Subject(wgmma, SPLIT_WGMMA, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
@@ -598,6 +623,12 @@ SUBJECTS = {
         WGMMA_ATTENTION,
         lambda m, n: m.build(STEPS, n),
         lambda: _draw(fast_attention.arguments(STEPS), 2),
+    ),
+    "wide heads on wgmma": Subject(
+        wgmma_attention,
+        WIDE_HEADS,
+        lambda m, n: m.build(OF_72, n),
+        lambda: _draw(fast_attention.arguments(OF_72), 2),
     ),
     "rms norm": Subject(
         norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(norms_problems.arguments(SQUARES), 2)

@@ -27,8 +27,8 @@ struct Product {
     std::vector<Word *> sums;
     Word a[2][8];
     const char *b;
-    unsigned leading, period;
-    bool adds, floats, swaps, turned;
+    unsigned leading, period, kind;
+    bool adds, floats, turned;
 };
 static std::deque<std::vector<Product>> products[THREADS];
 static bool ordered[THREADS];   // registers, before the products that are asked for next
@@ -298,11 +298,10 @@ void mma_bf16(float &d0, float &d1, float &d2, float &d3, Word a0, Word a1, Word
 // wgmma m64nNk32 of bytes (PTX ISA 9.7.17.5): the registers of A and of sums are those of m16n8k32 above, of the warp's
 // 16 rows and of 8 columns after the other. Where the operand says so, the 16-byte parts of column n, 64 bytes wide,
 // lie swapped by n / 2 % 4, 8 columns in a period.
-// So it is of m64nNk16 of bfloat16 (9.7.17.5.1), whose operand may have no swapped parts as well; turned, its 16-byte
-// parts are of 8 columns, not of 8 values of k.
-static const char *swapped(uintptr_t place) {
-    uintptr_t within = place - (uintptr_t)&anchor;
-    return (const char *)((uintptr_t)&anchor + (within ^ (within >> 7 & 3) << 4));
+// So it is of m64nNk16 of bfloat16 (9.7.17.5.1), whose rows may be of other sizes and, turned, are of one k each.
+static const char *swapped(const char *place, unsigned mask = 3) {
+    uintptr_t within = place - &anchor;
+    return &anchor + (within ^ (within >> 7 & mask) << 4);
 }
 
 static void add_floats(const Product &p) {
@@ -312,9 +311,10 @@ static void add_floats(const Product &p) {
         float sum = 0;
         if (p.adds) memcpy(&sum, p.sums[i], 4);
         for (int k = 0; k < 16; ++k) {
-            size_t within = p.turned ? k % 8 * 16 + column % 8 * 2 : column % 8 * 16 + k % 8 * 2;
-            const char *value = p.b + k / 8 * p.leading + column / 8 * p.period + within;
-            if (p.swaps) value = swapped((uintptr_t)p.b + column / 8 * p.period + column % 8 * 64 + k * 2);
+            size_t row = 256 >> p.kind, width = row / 2;
+            const char *place = p.turned ? p.b + column / width * p.leading + k / 8 * p.period + k % 8 * row
+                                         : p.b + column / 8 * p.period + column % 8 * row;
+            const char *value = swapped(place + (p.turned ? column % width : k) * 2, row / 16 - 1);
             note(value, 2, READS);
             sum += (float)((const Bfloat16 *)p.a[i / 2 % 2])[k] * (float)*(const Bfloat16 *)value;
         }
@@ -329,7 +329,7 @@ static void add(const Product &p) {
         size_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
         int32_t sum = p.adds ? (int32_t)*p.sums[i] : 0;
         for (int k = 0; k < 32; ++k) {
-            const char *value = swapped((uintptr_t)p.b + column / 8 * p.period + column % 8 * 64 + k);
+            const char *value = swapped(p.b + column / 8 * p.period + column % 8 * 64 + k);
             note(value, 1, READS);
             sum += (int32_t)((const int8_t *)p.a[i / 2 % 2])[k] * *(const uint8_t *)value;
         }
@@ -345,14 +345,14 @@ static void multiply(std::vector<Word *> sums, Word a0, Word a1, Word a2, Word a
     bool seen = ordered[current];
     for (int i = 0; i < threads; ++i) seen = seen && !unseen[i];
     if (!seen) { fprintf(stderr, "emulator: no fence before a product\n"); abort(); }
-    bool swaps = operand >> 62 == 2;
-    if ((operand >> 62 && !swaps) || (!floats && !swaps) || (turned && swaps) || operand >> 49 & 7) {
+    unsigned kind = operand >> 62;  // of swaps: none, or in rows of 128, 64 or 32 bytes
+    if (!kind || (!floats && kind != 2) || operand >> 49 & 7) {
         fprintf(stderr, "emulator: an operand of another kind\n");
         abort();
     }
     int32_t behind = (int32_t)(asked_address - (Word)(operand << 4)) << 14 >> 14;  // of 18 bits
     auto field = [=](int first) { return (unsigned)(operand >> first & 0x3fff) << 4; };
-    Product p = {sums, {}, shared(asked_address - (Word)behind), field(16), field(32), adds, floats, swaps, turned};
+    Product p = {sums, {}, shared(asked_address - (Word)behind), field(16), field(32), kind, adds, floats, turned};
     const Exchange *warp = exchange({{a0, a1, a2, a3}});
     for (int half = 0; half < 2; ++half)
         for (int k = 0; k < 8; ++k) p.a[half][k] = warp[current % LANES / 4 * 4 + k % 4].words[half + k / 4 * 2];

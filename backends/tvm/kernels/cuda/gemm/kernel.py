@@ -429,15 +429,29 @@ class Kernel:
     # ------------------------------------------------------------------------------------------------ products
 
     def _clear(self) -> None:
-        self._clear_sums()
+        self._clear_sums(0)
         if self.y is not None:
             self._each_output(lambda at, row, column: store(self.y, self._first(column), at))
 
-    def _clear_sums(self) -> None:
-        for buffer in (self.sums, self.row_sums):
+    def _clear_sums(self, segment: Index) -> None:
+        """Sums of a segment of several start from what the zero points of its activations come to, less than nothing.
+
+        So this is taken off by the tensor cores.
+        """
+        starts = self.several and not self.p.late_zeros
+        for buffer in (self.row_sums,) if starts else (self.sums, self.row_sums):
             if buffer is not None:
                 for i in range(int(buffer.shape[0])):
                     store(buffer, tirx.const(0, buffer.dtype), i)
+        if starts:
+            own = T.bind(T.min(segment, len(self.p.segments) - 1))
+            factor = -16 if self.p.integers else -1
+
+            def start(at: int, row: Index, column: Index) -> None:
+                value = self._zero(T.min(row, self.total - 1), own) * self.b["start"][own * self.w.outputs + column]
+                store(self.sums, tirx.reinterpret("uint32", value * factor), at)
+
+            self._each_output(start)
 
     def _first(self, column: Any) -> Expr:
         """The value that the float sum of an output starts from."""
@@ -592,26 +606,30 @@ class Kernel:
             ends = tirx.any(*(tirx.EQ(unit, end) for end in last))
             segment = w.of_unit(unit, range(len(w.units)))
         with T.If(ends), T.Then():
+            self._wait()
             own = T.bind(segment)
             self._each_output(
                 lambda at, row, column: store(self.y, self._added(self.y[at], self._sum(at), row, column, own), at)
             )
             self._sum_activations(own)
-            self._clear_sums()
+            self._clear_sums(own + 1)
 
     def _sum(self, at: int) -> Expr:
-        """A sum of products. Integers of 4 bits are multiplied as 16 times what they are."""
+        """A sum of products. Integers of 4 bits are multiplied as 16 times what they are (`_added`)."""
         found = tirx.reinterpret("int32", self.sums[at])
-        return found >> 4 if self.p.integers else found
+        return found >> 4 if self.p.integers and not self.several else found
 
     def _added(self, y: Expr, total: Expr, row: Any, column: Any, segment: Any) -> Expr:
         """Add a segment to y, whose products come to `total`: its scales and zero points applied."""
         b, n = self.b, self.w.outputs
         scale = b["weight_scale"][segment * n + column]
+        if self.p.integers and self.several:
+            scale = vmath.mul(scale, vmath.f32(1 / 16, 1))
         inside = T.min(row, self.total - 1)
         if self.p.late_zeros:
             return vmath.fma(T.cast(total, "float32"), scale, y)
-        total = total - self._zero(inside, segment) * b["start"][segment * n + column]
+        if not self.several:
+            total = total - self._zero(inside, segment) * b["start"][segment * n + column]
         return vmath.fma(T.cast(total, "float32"), vmath.mul(self._scale(inside, segment), scale), y)
 
     def _scale(self, row: Index, segment: Index) -> Expr:
@@ -664,6 +682,8 @@ class Kernel:
     def _group(self, row: Index) -> Index:
         if self.p.groups == 1:
             return 0
+        if self.p.rows % self.t.rows == 0:  # all of a tile are of one sample
+            row = self.first_row
         return T.cast(self.b["group"][tirx.truncdiv(row, self.p.rows)], "int32")
 
     def _store(self) -> None:
