@@ -2,9 +2,9 @@
 
 The tiles, rows and results of `fast_attention`: both kinds of instruction leave scores and outputs in registers alike.
 Queries and weights come from registers, keys and values from shared memory, where rows of 64 dimensions of a key lie
-together, chunks of 16 bytes swapped by the number of the row: sums go along them for keys, across them for values. Where
-nothing is swapped, values so turned take an H200 1.4 times as long. The values of a step are summed while the scores of
-the next become weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
+together, chunks of 16 bytes swapped by the number of the row: sums go along them for keys, across them for values.
+Where nothing is swapped, values so turned take an H200 1.4 times as long. The values of a step are summed while the
+scores of the next become weights (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.2).
 """
 
 from __future__ import annotations
