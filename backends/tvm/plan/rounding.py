@@ -44,20 +44,20 @@ def round_where_made(function: Function) -> Function:
     alone = {wish.name: wish for wish, count in wishes.items() if count == reads[wish.name]}
     values, inputs = function.values, {value.name: value for value in function.inputs}
     own: list[Call] = []
-    known: set[_Wish] = set()
+    known: dict[_Wish, None] = {}
     for call in calls:
         granted = dict(_wishes(call))
         for wish in dict.fromkeys(granted.values()):
             if wish not in known:
                 own.append(_rounding(wish, (inputs | values)[wish.name], call.node))
-                known.add(wish)
+                known[wish] = None
         operands = tuple((a, granted[a].rounded if a in granted else name) for a, name in call.operands)
         changed = replace(call, operands=operands)
         for _, name in call.results:
             own_wish = alone.get(name)
             if own_wish and own_wish.width % 2 == 0 and (stored := _storing(changed, own_wish)) is not None:
                 changed = stored
-                known.add(own_wish)
+                known[own_wish] = None
         own.append(changed)
     for wish in known:
         value = (inputs | values)[wish.name]
