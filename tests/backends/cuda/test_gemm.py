@@ -41,6 +41,7 @@ Build = Callable[[QuantMatmul, str], Any]
 
 SPLIT: Problems = [
     (2, linear((10,), 1612, 64, bits=4, groups=2, has_offset=True)),
+    (2, linear((64,), 1612, 64, bits=4, groups=3)),  # a tile of one sample
     (3, linear((1,), 2048, 70, dynamic=True)),
     (1, linear((5,), 1600, 64, bits=4, integers=True)),
     (1, QuantMatmul(5, 6, 180, 64, (3, 3), padding=(1, 1, 1, 1), bits=2, has_offset=True)),

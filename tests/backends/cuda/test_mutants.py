@@ -218,7 +218,7 @@ SEGMENTS: Mutants = {
     "zero points of the first segment": ("T.min(segment, len(self.p.segments) - 1)", "T.min(segment, 0)"),
     "zero points for codes": ("-16 if self.p.integers", "-1 if self.p.integers"),
     "an eighth": ("vmath.f32(1 / 16, 1)", "vmath.f32(1 / 8, 1)"),
-    "the group of the first sample": ("row = self.first_row\n", "row = 0 * self.first_row\n"),
+    "the group of the first sample": ("T.bind(tirx.truncdiv(self.first_row, p.rows))", "T.bind(0 * self.first_row)"),
     "zero points of the segment before": ("self._clear_sums(own + 1)", "self._clear_sums(own)"),
 }
 WGMMA_SEGMENTS: Mutants = {

@@ -100,6 +100,8 @@ class Kernel:
         self.several = len(problem.segments) > 1
         self.tables: tuple[Buffer, Buffer] | None = None
         """Scales and zero points of the tile's rows, where there are several."""
+        self.sample: Index | None = None
+        """That of all rows of the tile, where there are groups of time and it has one."""
         self.most_splits = most_splits
         self.step: Index = 0
         """That is multiplied."""
@@ -119,6 +121,8 @@ class Kernel:
             block = T.bind(number - self.split * (down * across))
             self.first_row = T.bind(block // across * t.rows)
             self.first_column = T.bind(block % across * t.columns)
+            if p.groups > 1 and p.rows % t.rows == 0:
+                self.sample = T.bind(tirx.truncdiv(self.first_row, p.rows))
             self.lane, warp = T.bind(thread % 32), T.bind(thread // 32)
             self.warp_row = T.bind(warp // t.across * (t.row_fragments * 16))
             self.warp_column = T.bind(warp % t.across * (t.column_fragments * CHANNELS))
@@ -134,7 +138,7 @@ class Kernel:
                         self._store()
             else:
                 self._store()
-            self.tables = None
+            self.tables = self.sample = None
         if self.most_splits > 1:
             self._add_parts()
 
@@ -682,9 +686,8 @@ class Kernel:
     def _group(self, row: Index) -> Index:
         if self.p.groups == 1:
             return 0
-        if self.p.rows % self.t.rows == 0:  # all of a tile are of one sample
-            row = self.first_row
-        return T.cast(self.b["group"][tirx.truncdiv(row, self.p.rows)], "int32")
+        sample = tirx.truncdiv(row, self.p.rows) if self.sample is None else self.sample
+        return T.cast(self.b["group"][sample], "int32")
 
     def _store(self) -> None:
         """Results go to shared memory as the lanes hold them, 16 rows of each warp at once, and from there by rows.
