@@ -30,6 +30,11 @@ class _Wish:
     factor: float | None = None
 
     @property
+    def even(self) -> bool:
+        """Whether values lie in bfloat16 as they lie in float32."""
+        return self.width % 2 == 0
+
+    @property
     def rounded(self) -> str:
         """The name of the value in bfloat16."""
         return f"{self.name}|{'rounded' if self.factor is None else 'scaled'}"
@@ -42,26 +47,26 @@ def round_where_made(function: Function) -> Function:
         wishes.update(wish for _, wish in _wishes(call))
     reads = Counter(name for call in calls for _, name in call.operands) + Counter([function.output.name])
     alone = {wish.name: wish for wish, count in wishes.items() if count == reads[wish.name]}
-    values, inputs = function.values, {value.name: value for value in function.inputs}
+    values = {value.name: value for value in (*function.inputs, *function.made)}
     own: list[Call] = []
     known: dict[_Wish, None] = {}
     for call in calls:
         granted = dict(_wishes(call))
         for wish in dict.fromkeys(granted.values()):
             if wish not in known:
-                own.append(_rounding(wish, (inputs | values)[wish.name], call.node))
+                own.append(_rounding(wish, values[wish.name], call.node))
                 known[wish] = None
         operands = tuple((a, granted[a].rounded if a in granted else name) for a, name in call.operands)
         changed = replace(call, operands=operands)
         for _, name in call.results:
             own_wish = alone.get(name)
-            if own_wish and own_wish.width % 2 == 0 and (stored := _storing(changed, own_wish)) is not None:
+            if own_wish and own_wish.even and (stored := _storing(changed, own_wish)) is not None:
                 changed = stored
                 known[own_wish] = None
         own.append(changed)
     for wish in known:
-        value = (inputs | values)[wish.name]
-        shape = value.shape if wish.width % 2 == 0 else (BATCH, value.size // wish.width, wish.width + 1)
+        value = values[wish.name]
+        shape = value.shape if wish.even else (BATCH, value.size // wish.width, wish.width + 1)
         values[wish.rounded] = Value(wish.rounded, shape, ROUNDED)
     made = {name for call in own for name in (call.into, *(name for _, name in call.results))}
     return replace(function, own=tuple(own), made=tuple(value for name, value in values.items() if name in made))
@@ -100,7 +105,7 @@ def _wishes(call: Call) -> Iterator[tuple[str, _Wish]]:
 def _rounding(wish: _Wish, value: Value, node: str) -> Call:
     """The call that rounds a value."""
     width = wish.width or value.size
-    pitch = width + width % 2 if wish.width else width
+    pitch = width if wish.even else width + 1
     problem = record("rounding.Rounding", rows=value.size // width, width=width, pitch=pitch, factor=wish.factor)
     return Call(Kernel("rounding", problem), (("x", wish.name),), (("y", wish.rounded),), node)
 

@@ -553,6 +553,12 @@ def _codes(problem: WeightOnly) -> list[np.ndarray]:
     return [*arrays.values(), *(empty(a, 2) for a in weight_only.workspaces(problem))]
 
 
+def _of_attention(module: Any, mutants: Mutants, problem: FastAttention) -> Subject:
+    return Subject(
+        module, mutants, lambda m, n: m.build(problem, n), lambda: _draw(fast_attention.arguments(problem), 2)
+    )
+
+
 SUBJECTS = {
     "gemm": Subject(gemm, GEMM, lambda m, n: m.build(CONV, n), lambda: _product(CONV)),
     "whole steps": Subject(gemm, WHOLE_STEPS, lambda m, n: m.build(STEADY, n), lambda: _product(STEADY)),
@@ -567,15 +573,8 @@ SUBJECTS = {
     "attention": Subject(
         cuda_attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(attention.arguments(HEADS), 2)
     ),
-    "fast_attention": Subject(
-        fast_attention, FAST_ATTENTION, lambda m, n: m.build(FAST, n), lambda: _draw(fast_attention.arguments(FAST), 2)
-    ),
-    "whole rows": Subject(
-        fast_attention,
-        WHOLE_ROWS,
-        lambda m, n: m.build(ROWS_OF_64, n),
-        lambda: _draw(fast_attention.arguments(ROWS_OF_64), 2),
-    ),
+    "fast_attention": _of_attention(fast_attention, FAST_ATTENTION, FAST),
+    "whole rows": _of_attention(fast_attention, WHOLE_ROWS, ROWS_OF_64),
     "products": Subject(
         float_units, PRODUCTS, lambda m, n: m.build(FLOATS, n), lambda: _draw(float_gemm.arguments(FLOATS), 2)
     ),
@@ -618,18 +617,8 @@ SUBJECTS = {
         )
         for name, mutants, problem in (("rounding", ROUNDING, SCALED), ("padded", PADDED_ROUNDING, PADDED))
     },
-    "wgmma attention": Subject(
-        wgmma_attention,
-        WGMMA_ATTENTION,
-        lambda m, n: m.build(STEPS, n),
-        lambda: _draw(fast_attention.arguments(STEPS), 2),
-    ),
-    "wide heads on wgmma": Subject(
-        wgmma_attention,
-        WIDE_HEADS,
-        lambda m, n: m.build(OF_72, n),
-        lambda: _draw(fast_attention.arguments(OF_72), 2),
-    ),
+    "wgmma attention": _of_attention(wgmma_attention, WGMMA_ATTENTION, STEPS),
+    "wide heads on wgmma": _of_attention(wgmma_attention, WIDE_HEADS, OF_72),
     "rms norm": Subject(
         norms, RMS_NORM, lambda m, n: m.build(SQUARES, n), lambda: _draw(norms_problems.arguments(SQUARES), 2)
     ),
