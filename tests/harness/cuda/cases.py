@@ -215,6 +215,7 @@ FORMATS: Problems = [
 SEGMENTS: Problems = [
     (2, linear((10,), 96, 64, segments=(32,) * 3, bits=4, has_offset=True)),
     (2, linear((10,), 96, 64, segments=(40, 56), bits=4, groups=3, has_offset=True)),
+    (1, linear((5,), 2560, 64, segments=(32,) * 80, has_offset=True)),  # more than a block has without asking
     (2, linear((5,), 128, 64, dynamic=True)),
     (2, linear((10,), 96, 64, segments=(32,) * 3, bits=4, has_offset=True, integers=True)),
     (2, linear((5,), 128, 64, dynamic=True, segments=(32,) * 4, bits=4)),

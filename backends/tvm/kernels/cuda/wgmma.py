@@ -21,7 +21,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, s
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel, model, tiles
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.kernel import ONES
 from mpq_compiler.backends.tvm.kernels.cuda.gemm.tiles import Tile
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, part, primfunc, shared
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, local, part, primfunc
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 
@@ -103,11 +103,15 @@ class Kernel(kernel.Kernel):
         self.own_rows = 1
         if self.p.has_offset:
             self.row_sums = local(1, "uint32")
-            if self.several:
-                self.activations = shared(len(self.p.segments) * t.rows, "int32")
-            else:  # behind the last step nobody reads weights any more
-                self.activations = part(self.x, t.stages * t.rows * STEP, t.rows, "int32")
+            # Behind the last step nobody reads weights any more.
+            first = self.behind if self.several else t.stages * t.rows * STEP
+            self.activations = part(self.x, first, len(self.p.segments) * t.rows, "int32")
         self.operand = operand(self.x, LAYOUT << 32)
+
+    @property
+    def _kept(self) -> int:
+        """Sums of the activations of each segment, of all rows of the tile."""
+        return 4 * len(self.p.segments) * self.t.rows if self.several and self.p.has_offset else 0
 
     def _fragment(self, j: int) -> Any:
         return self.thread // 128 * (4 * self.t.column_fragments) + self.thread // 32 % 4 + 4 * j

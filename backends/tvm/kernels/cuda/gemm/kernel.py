@@ -154,7 +154,9 @@ class Kernel:
     def _allocate(self) -> None:
         t = self.t
         size, words = t.stages * t.rows * STEP, t.stages * (t.columns // CHANNELS) * self.fragment
-        self.x = shared_bytes(size + 4 * words, self.x_align)
+        self.behind = size + 4 * words
+        """Bytes of activations and weights: what is kept beside them begins there."""
+        self.x = shared_bytes(self.behind + self._kept, self.x_align)
         """Activations of all stages, bytes; then weights."""
         self.x_words, self.weights = part(self.x, 0, size // 4, "uint32"), part(self.x, size, words, "uint32")
         tiles = 2 * t.row_fragments * t.column_fragments
@@ -173,6 +175,11 @@ class Kernel:
                 fragment = self.first_column // CHANNELS + self._fragment(j)
                 for word in range(words):
                     store(self.table, self.b["lut"][fragment * words + word], j * words + word)
+
+    @property
+    def _kept(self) -> int:
+        """Bytes of shared memory that are kept from segment to segment."""
+        return 0
 
     def _fragment(self, j: int) -> Any:
         """Number j of the fragments of weights that a warp reads, of those of the tile."""
