@@ -20,6 +20,8 @@ from . import machine
 
 PATIENCE = 60
 """Seconds that a library may take: a kernel may never end."""
+STORED, NEXT = np.dtype(np.uint16), 2.0**-7
+"""What bfloat16 is stored as, and how far the next one of the largest is from it."""
 
 
 def fitting() -> list[Path]:
@@ -113,7 +115,7 @@ def calls(library: Path, first: int = 0, twice: bool = True) -> Iterator[dict[st
                 "same": all(a.tobytes() == b.tobytes() for a, b in zip(found[0], found[-1], strict=True)),
                 "differ": differ,
                 "off": off,
-                "bound": told["off"].get(call["kernel"], 0.0),
+                "bound": _bound(told["off"].get(call["kernel"], 0.0), [given[i] for i in call["results"]]),
             }
 
 
@@ -121,8 +123,15 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array).reshape(-1, 1).view(np.uint8)
 
 
+def _bound(off: float, results: list[np.ndarray]) -> float:
+    """How far results may be off, by how far sums may be: what is rounded of these may fall to the other side."""
+    return max(off, NEXT) if off and any(array.dtype == STORED for array in results) else off
+
+
 def _error(found: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, relative to the largest value; of codes, in codes; infinite where one is not finite."""
+    if found.dtype == STORED:
+        found, expected = ((array.astype(np.uint32) << 16).view(np.float32) for array in (found, expected))
     if found.dtype.kind != "f":
         return float(np.abs(found.astype(np.int64) - expected.astype(np.int64)).max())
     a, b = found.astype(np.float64), expected.astype(np.float64)

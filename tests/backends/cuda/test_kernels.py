@@ -30,7 +30,7 @@ from mpq_compiler.support.errors import UserError
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets.numerics import BF16
 from mpq_compiler.targets.table import TARGETS
-from tests.harness.cuda import kernels, silicon
+from tests.harness.cuda import kernels, recorder, silicon
 from tests.harness.cuda.cases import ADDED, BATCH, CASES, CODES, Case, check, inputs, value, workspaces
 from tests.harness.cuda.kernels import Library, empty
 from tests.harness.float_kernels import bfloat16, error, quantized
@@ -130,12 +130,14 @@ def rounded(request) -> list[tuple[np.ndarray, np.ndarray]]:
         calls.append((f"pack{i}", [givens[i]["weight"], empty(panel, 1)]))
     packed = [panel for _, panel in library.run(calls)]
     calls = [(f"product{i}", _given("float_gemm", p, givens[i] | {"weight": packed[i]})) for i, p in problems.items()]
-    late, early = (
-        [_result("float_gemm", p, arrays) for p, arrays in zip(BFLOAT16, library.run(calls, early), strict=True)]
-        for early in (False, True)
+    late, early, cut = (
+        [_result("float_gemm", p, arrays) for p, arrays in zip(BFLOAT16, library.run(calls, **how), strict=True)]
+        for how in ({}, {"early": True}, {"truncating": True})
     )
-    for one, other in zip(late, early, strict=True):
+    for one, other, short in zip(late, early, cut, strict=True):
         np.testing.assert_array_equal(one.view(np.uint8), other.view(np.uint8))
+        if one.dtype == np.float32:
+            assert 0 < error(short, one) <= recorder.SUMS
     return [(_meaning(p, given), y) for p, given, y in zip(BFLOAT16, givens, late, strict=True)]
 
 

@@ -1,9 +1,11 @@
 // The emulator's own state and operations: see emulator.h.
 #include "emulator.h"
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <type_traits>
 #include <vector>
 
 namespace emulator {
@@ -34,7 +36,7 @@ static std::deque<std::vector<Product>> products[THREADS];
 static bool ordered[THREADS];   // registers, before the products that are asked for next
 static bool unseen[THREADS];    // what its copies have written to shared memory, by tensor cores that read there
 Word asked_address;
-static const bool early = getenv("MPQ_EMULATED_EARLY");
+static const bool early = getenv("MPQ_EMULATED_EARLY"), truncating = getenv("MPQ_EMULATED_TRUNCATING");
 static void (*body)(void **);
 static void **arguments;
 alignas(1024) char anchor;
@@ -262,6 +264,32 @@ static Word rounded(float value) {
 
 void cvt_bf16x2(Word &d, float high, float low) { d = rounded(high) << 16 | rounded(low); }
 
+// A sum of a tensor core and products more, in the order of k, or, truncating, as no core does it worse: eight products
+// at a time, which with the sum are shifted to the largest exponent of all and lose what is behind its last bit, towards
+// zero (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021: as the V100's; others keep a bit or two more).
+enum { PRODUCTS = 16, TOGETHER = 8 };
+
+static float summed(float sum, const float *products) {
+    if (!truncating) {
+        for (int k = 0; k < PRODUCTS; ++k) sum += products[k];
+        return sum;
+    }
+    for (int first = 0; first < PRODUCTS; first += TOGETHER) {
+        const float *own = products + first;
+        double largest = fabs(sum), total = 0;
+        float plain = sum;
+        for (int k = 0; k < TOGETHER; ++k) largest = fmax(largest, fabs(own[k])), plain += own[k];
+        if (!std::isfinite(plain) || largest == 0) { sum = plain; continue; }
+        double unit = ldexp(1, ilogb(largest) - 23);
+        total = trunc(sum / unit);
+        for (int k = 0; k < TOGETHER; ++k) total += trunc(own[k] / unit);
+        total *= unit;
+        sum = (float)total;
+        if (fabs(sum) > fabs(total)) sum = nextafterf(sum, 0);
+    }
+    return sum;
+}
+
 // m16n8k32 of bytes (PTX ISA): register 2 (k >= 16) + (row >= 8) of A in lane 4 (row % 8) + k % 16 / 4, byte k % 4;
 // register k >= 16 of B in lane 4 column + k % 16 / 4; sums of row lane / 4 (+ 8), column 2 (lane % 4) (+ 1). m16n8k16
 // of values of two bytes is the same with half as many of them in the same words.
@@ -272,14 +300,16 @@ static void mma(D *(&&d)[4], const Word (&own)[6], const D (&c)[4]) {
     memcpy(shown.words, own, sizeof own);
     const Exchange *warp = exchange(shown);
     for (int e = 0; e < 4; ++e) {
-        int row = lane / 4, column = lane % 4 * 2 + e % 2;
-        Sum sum = (Sum)c[e];
+        int row = lane / 4, column = lane % 4 * 2 + e % 2, count = 0;
+        Sum products[32 / sizeof(A)], sum = (Sum)c[e];
         for (int half = 0; half < 2; ++half)
             for (int quad = 0; quad < 4; ++quad) {
                 const A *a = (const A *)&warp[row * 4 + quad].words[2 * half + e / 2];
                 const B *b = (const B *)&warp[column * 4 + quad].words[4 + half];
-                for (size_t k = 0; k < 4 / sizeof(A); ++k) sum += (Sum)a[k] * (Sum)b[k];
+                for (size_t k = 0; k < 4 / sizeof(A); ++k) products[count++] = (Sum)a[k] * (Sum)b[k];
             }
+        if constexpr (std::is_same<Sum, float>::value) sum = summed(sum, products);
+        else for (Sum product : products) sum += product;
         *d[e] = (D)sum;
     }
 }
@@ -289,7 +319,7 @@ void mma_u8_s8(Word &d0, Word &d1, Word &d2, Word &d3, Word a0, Word a1, Word a2
     mma<int32_t, uint8_t, int8_t, Word>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
 }
 
-// The order in which the instruction adds is not specified: here that of k.
+// The order in which the instruction adds is not specified (`summed`).
 void mma_bf16(float &d0, float &d1, float &d2, float &d3, Word a0, Word a1, Word a2, Word a3,
                      Word b0, Word b1, float c0, float c1, float c2, float c3) {
     mma<float, Bfloat16, Bfloat16, float>({&d0, &d1, &d2, &d3}, {a0, a1, a2, a3, b0, b1}, {c0, c1, c2, c3});
@@ -308,16 +338,17 @@ static void add_floats(const Product &p) {
     int lane = current % LANES;
     for (size_t i = 0; i < p.sums.size(); ++i) {
         size_t column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        float sum = 0;
+        float products[PRODUCTS], sum = 0;
         if (p.adds) memcpy(&sum, p.sums[i], 4);
-        for (int k = 0; k < 16; ++k) {
+        for (int k = 0; k < PRODUCTS; ++k) {
             size_t row = 256 >> p.kind, width = row / 2;
             const char *place = p.turned ? p.b + column / width * p.leading + k / 8 * p.period + k % 8 * row
                                          : p.b + column / 8 * p.period + column % 8 * row;
             const char *value = swapped(place + (p.turned ? column % width : k) * 2, row / 16 - 1);
             note(value, 2, READS);
-            sum += (float)((const Bfloat16 *)p.a[i / 2 % 2])[k] * (float)*(const Bfloat16 *)value;
+            products[k] = (float)((const Bfloat16 *)p.a[i / 2 % 2])[k] * (float)*(const Bfloat16 *)value;
         }
+        sum = summed(sum, products);
         memcpy(p.sums[i], &sum, 4);
     }
 }

@@ -4,7 +4,8 @@
 // run one after the other up to the next operation of the whole warp. Copies to shared memory (cp.async) happen as late
 // as the program allows, when it waits for them, or, where the environment says MPQ_EMULATED_EARLY, as early, when they
 // are asked for, warps then in the opposite order: a program is right only if both give the same. Likewise the products of
-// four warps together (wgmma).
+// four warps together (wgmma). Sums of floats that tensor cores make are in the order of the products, or, where the
+// environment says MPQ_EMULATED_TRUNCATING, cut off as cores do: a program is right if both are near to what it means.
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>

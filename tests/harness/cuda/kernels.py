@@ -79,40 +79,42 @@ def write(functions: Mapping[str, Any], path: Path, code: Callable[[str], bytes]
 
 
 class Library:
-    """Kernels in one library.
+    """Kernels in one library."""
 
-    off: how far a GPU's results may be from the emulator's (`recorder`), where tensor cores add up floats
-    """
-
-    def __init__(self, functions: Mapping[str, Any], off: float = recorder.SUMS) -> None:
+    def __init__(self, functions: Mapping[str, Any]) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="mpq-cuda-")
         self.path = Path(self._folder.name, "kernels.so")
         write(functions, self.path, silicon.compiled if silicon.asked() else emulator.compiled)
-        self._record = recorder.Record(functions, off) if recorder.asked() else None
+        self._record = recorder.Record(functions) if recorder.asked() else None
 
-    def tried(self, calls: Sequence[Call], early: bool = False) -> list[list[np.ndarray] | None]:
+    def tried(
+        self, calls: Sequence[Call], early: bool = False, truncating: bool = False
+    ) -> list[list[np.ndarray] | None]:
         """What the arrays of each call hold after it; None where the emulator found something wrong, or it crashed.
 
-        early: copies happen when they are asked for; a GPU copies when it likes, and does it all once more
+        early: copies happen when they are asked for
+        truncating: sums of floats of tensor cores are cut off as no GPU does it worse
+        A GPU copies when it likes, adds up as it does, and does it all once more.
         """
+        asked = {"EARLY": early, "TRUNCATING": truncating}
         done = subprocess.run(
             [sys.executable, "-c", _RUN, str(self.path)],
             input=pickle.dumps([(name, [np.ascontiguousarray(a) for a in arrays]) for name, arrays in calls]),
             capture_output=True,
-            env=environment(**({"MPQ_EMULATED_EARLY": "1"} if early else {})),
+            env=environment(**{f"MPQ_EMULATED_{name}": "1" for name, wanted in asked.items() if wanted}),
         )
         assert done.returncode == 0, done.stderr.decode()[-2000:]
         stream = io.BytesIO(done.stdout)
         self.said = done.stderr.decode()
         return [pickle.load(stream) for _ in calls]
 
-    def run(self, calls: Sequence[Call], early: bool = False) -> list[list[np.ndarray]]:
+    def run(self, calls: Sequence[Call], early: bool = False, truncating: bool = False) -> list[list[np.ndarray]]:
         """As `tried`, of kernels that are right."""
-        found = self.tried(calls, early)
+        found = self.tried(calls, early, truncating)
         bad = [name for (name, _), result in zip(calls, found, strict=True) if result is None]
         assert not bad, f"{', '.join(bad)}: {self.said[-2000:]}"
         results = [result for result in found if result is not None]
-        if self._record:
+        if self._record and not truncating:
             self._record.add(calls, results)
         return results
 

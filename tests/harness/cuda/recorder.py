@@ -21,8 +21,8 @@ from mpq_compiler.targets import nvidia
 
 FOLDER, LEVELS = "MPQ_TEST_RECORD", "MPQ_TEST_RECORD_LEVELS"
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+(?:, \d+)?\) (\w+)_kernel\(')
-_PRODUCT = "f32_bf16_bf16"
-"""In the name of what multiplies in bfloat16."""
+_PRODUCT, _SOFTMAX = "f32_bf16_bf16", "mpq_exp2"
+"""In the names of what multiplies in bfloat16, and of what makes a sum's row an operand of another product."""
 SUMS, UNIT = 2e-6, 2.0**-9
 """How far results of such kernels may be from the emulator's, relative to the largest; a unit of bfloat16 where sums
 are rounded to it again for another product, and one falls to the other side."""
@@ -39,17 +39,18 @@ def levels(source: str) -> list[int]:
     return [level for level in asked_for if level == nvidia.HOPPER or "wgmma" not in source]
 
 
-def summing(source: str) -> list[str]:
-    """The kernels of a source whose sums are floats of the tensor cores, in an order of their own."""
+def summing(source: str) -> dict[str, float]:
+    """The kernels of a source whose sums are floats of the tensor cores, in an order of their own, and how far off."""
     starts = [(match.group(1), match.start()) for match in _KERNEL.finditer(source)]
     ends = [start for _, start in starts[1:]] + [len(source)]
-    return [name for (name, start), end in zip(starts, ends, strict=True) if _PRODUCT in source[start:end]]
+    texts = {name: source[start:end] for (name, start), end in zip(starts, ends, strict=True)}
+    return {name: UNIT if _SOFTMAX in text else SUMS for name, text in texts.items() if _PRODUCT in text}
 
 
 class Record:
     """The calls of one library."""
 
-    def __init__(self, functions: Mapping[str, Any], off: float) -> None:
+    def __init__(self, functions: Mapping[str, Any]) -> None:
         from tests.harness.cuda import kernels
 
         self._sources: list[str] = []
@@ -65,7 +66,7 @@ class Record:
         self._calls: list[dict[str, Any]] = []
         self._arrays: dict[str, np.ndarray] = {}
         source = self._sources[0]
-        self._about = {"test": test, "levels": levels(source), "off": dict.fromkeys(summing(source), off)}
+        self._about = {"test": test, "levels": levels(source), "off": summing(source)}
 
     def add(self, calls: Sequence[tuple[str, Sequence[np.ndarray]]], found: Sequence[Sequence[np.ndarray]]) -> None:
         """Adds calls that went well, those which are new."""
