@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -110,6 +111,37 @@ Tensor = Any
 """One of the runtime's, on the GPU."""
 
 
+class _Turns:
+    """What threads do side by side, and what one does alone.
+
+    While TVM captures a graph no thread may allocate memory or use the default stream, or the capture fails with it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()  # a thread may take it again
+        self._threads = 0
+
+    @contextmanager
+    def beside_others(self) -> Iterator[None]:
+        with self._changed:
+            self._threads += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._threads -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._threads)
+            yield
+
+
+_TURNS = _Turns()
+
+
 @functools.cache
 def _runtime() -> ctypes.CDLL:
     """CUDA's runtime library, which `load` has loaded for all."""
@@ -156,7 +188,7 @@ class CudaMachine(tvm.VirtualMachine):
 
     def run(self, function: str, inputs: Sequence[np.ndarray]) -> np.ndarray:
         """Calls `function` as `VirtualMachine.run` does; the thread's current device stays."""
-        with self._calling():
+        with self._calling(function):
             self._wait(0)
             self._called.add(function)
             found = super().run(function, inputs)  # which waits
@@ -172,14 +204,17 @@ class CudaMachine(tvm.VirtualMachine):
         """Leaves prepared weights where the GPU has written them."""
 
     @contextmanager
-    def _calling(self) -> Iterator[None]:
+    def _calling(self, function: str | None = None) -> Iterator[None]:
+        """The machine's device is current; a function that is called for the first time is alone."""
+        captures = function is not None and function not in self._called
         before = ctypes.c_int()
-        self._do("cudaGetDevice", ctypes.byref(before))
-        try:
-            self._do("cudaSetDevice", self.device)
-            yield
-        finally:
-            self._do("cudaSetDevice", before)
+        with _TURNS.alone() if captures else _TURNS.beside_others():
+            self._do("cudaGetDevice", ctypes.byref(before))
+            try:
+                self._do("cudaSetDevice", self.device)
+                yield
+            finally:
+                self._do("cudaSetDevice", before)
 
     def _do(self, name: str, *arguments: object) -> None:
         """Calls CUDA's runtime. UserError: it fails."""
@@ -208,7 +243,7 @@ class CudaMachine(tvm.VirtualMachine):
                 "timestep too): call it once, then capture"
             )
         handle = ctypes.c_void_p(stream)
-        with self._calling(), self._ffi.use_raw_stream(self._ffi.device("cuda", self.device), stream):
+        with self._calling(function), self._ffi.use_raw_stream(self._ffi.device("cuda", self.device), stream):
             if not capturing:
                 self._wait(stream)
             for (buffer, tensor), given in zip(staged, inputs, strict=True):

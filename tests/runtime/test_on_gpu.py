@@ -85,12 +85,12 @@ def rows_of(denoiser: Any, count: int, seed: int = 0) -> dict[str, np.ndarray]:
     return {name: value.numpy() for name, value in denoiser.random_inputs(count, seed).items()}
 
 
-def run(artifact: tuple[Path, Any], script: str, devices: str = "1") -> None:
+def run(artifact: tuple[Path, Any], script: str, devices: str = "1", **variables: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + script],
         input=pickle.dumps(artifact),
         capture_output=True,
-        env=kernels.environment(MPQ_EMULATED_SM="90", MPQ_EMULATED_DEVICES=devices),
+        env=kernels.environment(MPQ_EMULATED_SM="90", MPQ_EMULATED_DEVICES=devices, **variables),
     )
     assert done.returncode == 0, done.stderr.decode()[-3000:]
 
@@ -287,3 +287,27 @@ assert not any("reusing" in name for name in called)
 assert [a.tobytes() for a in found] == [a.tobytes() for a in drawn(inputs[:1], by_arrays, order)]
 assert ["sets of conditions" in str(each.message) for each in caught] == [True], caught
 """)
+
+
+@pytest.mark.parametrize("devices", ["1", "2"])
+def test_threads_that_call_for_the_first_time(artifact, devices):
+    """While one captures its graph others neither load nor call, which would spoil it: all have the bits of one."""
+    run(artifact, """
+from concurrent.futures import ThreadPoolExecutor
+own = {name: array[:2] for name, array in inputs.items()}
+expected = load().run(own)
+count = ctypes.c_int()
+assert ctypes.CDLL(None).cudaGetDeviceCount(ctypes.byref(count)) == 0
+
+def loaded(number):
+    return load(device=f"cuda:{number % count.value}")
+
+def by_way_of_the_cpu(number):
+    return loaded(number).run(own)
+
+early = [loaded(number) for number in range(2)]
+given = [there(denoiser.executor, own) for denoiser in early]
+with ThreadPoolExecutor(4) as pool:
+    asked = pool.map(call, early, given), pool.map(by_way_of_the_cpu, range(2))
+    assert all(each.tobytes() == expected.tobytes() for several in asked for each in several)
+""", devices, MPQ_EMULATED_CAPTURE_MS="100")

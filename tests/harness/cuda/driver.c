@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <elf.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -20,6 +21,11 @@ typedef struct {  // of an emulated library
     void (*run)(const unsigned *grid, unsigned threads, void **arguments);
     unsigned arguments;
 } Kernel;
+
+// Threads take turns: an emulated library runs one block at a time.
+static pthread_mutex_t turns = PTHREAD_RECURSIVE_MUTEX_INITIALIZER_NP;
+static void leave(pthread_mutex_t **turn) { pthread_mutex_unlock(*turn); }
+#define TAKE_TURNS __attribute__((cleanup(leave))) pthread_mutex_t *turn = &turns; pthread_mutex_lock(turn)
 
 static int setting(const char *name, int otherwise) {
     const char *stated = getenv(name);
@@ -56,6 +62,7 @@ int cuModuleUnload(void *module) { return dlclose(module) ? 999 : 0; }
 
 int cuModuleLoadData(void **module, const void *image) {
     if (forked()) return NOT_INITIALIZED;
+    TAKE_TURNS;
     char path[4096];
     uint64_t length;
     const Elf64_Ehdr *elf = image;
@@ -92,7 +99,9 @@ int cuModuleGetFunction(void **function, void *module, const char *name) {
     return *function ? 0 : 500;
 }
 
-// A graph is the launches of a stream between the begin and the end of a capture, which runs none of them.
+// A graph is the launches of a stream between the begin and the end of a capture, which runs none of them. As TVM begins
+// it, what any thread asks for meanwhile that may wait for the device, or goes to the stream that all wait for, fails,
+// and so does the capture.
 enum { MOST_ARGUMENTS = 64 };
 typedef struct { const Kernel *kernel; unsigned grid[3], threads; uint64_t values[MOST_ARGUMENTS];
     int device;
@@ -100,6 +109,10 @@ typedef struct { const Kernel *kernel; unsigned grid[3], threads; uint64_t value
 typedef struct { unsigned count, users; Node *nodes; } Graph;
 static Graph *capture;
 static void *captured_stream;
+static int spoiled;
+static int refused(int code) { spoiled = 1; return code; }
+static int elsewhere(void *stream) { return capture && stream != captured_stream; }
+static int of_all(void *stream) { return (uintptr_t)stream < 2; }
 static unsigned launches, graphs;
 unsigned cuEmulatedLaunches(void) { return launches; }  // one by one
 unsigned cuEmulatedGraphs(void) { return graphs; }  // launched
@@ -150,24 +163,27 @@ static void run(const Node *node) {
 
 static void keep(const Node *node);
 int cuLaunchKernelEx(const Launch *launch, void *function, void **arguments, void **extra) {
+    TAKE_TURNS;
     Node node = {.kernel = function, .threads = launch->block[0], .device = current};
     if (node.kernel->arguments > MOST_ARGUMENTS) return 1;
     memcpy(node.grid, launch->grid, sizeof node.grid);
     for (unsigned i = 0; i < node.kernel->arguments; ++i) memcpy(&node.values[i], arguments[i], 8);
-    if (!capture) {
+    if (elsewhere(launch->stream) && of_all(launch->stream)) return refused(906);  // ..._STREAM_CAPTURE_IMPLICIT
+    if (!capture || elsewhere(launch->stream)) {
         ++launches;
         run(&node);
         return 0;
     }
-    if (launch->stream != captured_stream) return 906;  // CUDA_ERROR_STREAM_CAPTURE_IMPLICIT
     keep(&node);
     return 0;
 }
 int cudaStreamCreate(void **stream) { *stream = malloc(1); return 0; }
 int cudaStreamDestroy(void *stream) { free(stream); return 0; }
 int cudaStreamBeginCapture(void *stream, int mode) {
+    TAKE_TURNS;
     if (!stream || capture) return 900;
     captured_stream = stream;
+    spoiled = 0;
     capture = calloc(1, sizeof *capture);
     capture->users = 1;
     return 0;
@@ -183,25 +199,33 @@ static void keep(const Node *node) {
     capture->nodes = realloc(capture->nodes, (capture->count + 1) * sizeof *node);
     capture->nodes[capture->count++] = *node;
 }
-int cudaStreamEndCapture(void *stream, Graph **graph) {
-    *graph = capture;
-    capture = NULL;
+int cudaGraphDestroy(Graph *graph) {
+    TAKE_TURNS;
+    if (--graph->users) return 0;
+    free(graph->nodes);
+    free(graph);
     return 0;
 }
+int cudaStreamEndCapture(void *stream, Graph **graph) {
+    usleep(setting("MPQ_EMULATED_CAPTURE_MS", 0) * 1000);  // in which other threads go on
+    TAKE_TURNS;
+    *graph = capture;
+    capture = NULL;
+    if (!spoiled) return 0;
+    cudaGraphDestroy(*graph);
+    *graph = NULL;
+    return 901;  // cudaErrorStreamCaptureInvalidated
+}
 int cudaGraphInstantiate(Graph **executable, Graph *graph, unsigned long long flags) {
+    TAKE_TURNS;
     ++(*executable = graph)->users;
     return 0;
 }
 int cudaGraphLaunch(Graph *graph, void *stream) {
-    if (capture) return 900;
+    TAKE_TURNS;
+    if (capture && (!elsewhere(stream) || of_all(stream))) return refused(900);
     ++graphs;
     for (unsigned i = 0; i < graph->count; ++i) run(&graph->nodes[i]);
-    return 0;
-}
-int cudaGraphDestroy(Graph *graph) {
-    if (--graph->users) return 0;
-    free(graph->nodes);
-    free(graph);
     return 0;
 }
 int cudaGraphExecDestroy(Graph *graph) { return cudaGraphDestroy(graph); }
@@ -242,7 +266,8 @@ int cudaMemGetInfo(size_t *free, size_t *total) {
 }
 int cudaMalloc(void **place, size_t size) {
     if (forked()) return NOT_INITIALIZED;
-    if (capture && capture_mode != 2) return 900;  // cudaErrorStreamCaptureUnsupported
+    TAKE_TURNS;
+    if (capture && capture_mode != 2) return refused(900);  // cudaErrorStreamCaptureUnsupported
     size_t kept = (size + 255) / 256 * 256 + !size * 256, pages = (kept + 4095) / 4096 * 4096;
     char *base = mmap(0, pages + 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED) return 2;
@@ -260,6 +285,7 @@ int cudaMalloc(void **place, size_t size) {
 int cudaMallocHost(void **place, size_t size) { return cudaMalloc(place, size); }
 int cudaFree(void *place) {
     if (!place) return 0;
+    TAKE_TURNS;
     Block *own = block_of(place), **link = &blocks;
     while (*link != own) link = &(*link)->next;
     *link = own->next;
@@ -269,11 +295,12 @@ int cudaFree(void *place) {
 }
 int cudaFreeHost(void *place) { return cudaFree(place); }
 int cudaMemcpyAsync(void *target, const void *source, size_t size, int kind, void *stream) {
-    if (!capture) {
+    TAKE_TURNS;
+    if (elsewhere(stream) && of_all(stream)) return refused(906);
+    if (!capture || elsewhere(stream)) {
         memcpy(target, source, size);
         return 0;
     }
-    if (stream != captured_stream) return 906;
     keep(&(Node){.values = {(uintptr_t)target, (uintptr_t)source, size}});
     return 0;
 }
