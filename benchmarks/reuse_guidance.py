@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,13 @@ class Guided:
         conditions = self.model.conditioning.mixed(IMAGES, SEED)
         self.arguments = self.model.conditioning.arguments(conditions, IMAGES, GUIDANCE)
         self.timesteps = tuple(float(t) for t in self.model.scheduler.timesteps(STEPS))
-        self.whole = self._drawn(lambda **inputs: self.model(**inputs).numpy())
+        self._calls: list[np.ndarray] = []
+
+        def recorded(**inputs: np.ndarray) -> np.ndarray:
+            self._calls.append(self.model(**inputs).numpy())
+            return self._calls[-1]
+
+        self.whole = self._drawn(recorded)
 
     def _drawn(self, call: loop.Model) -> np.ndarray:
         noise = loop.gaussian(IMAGES, self.model.latent_shape, SEED)
@@ -68,15 +73,14 @@ class Guided:
 
     def loss(self, schedule: Schedule, kind: str) -> float:
         """The relative noise power of images in which calls reuse by a schedule."""
-        steps = {time: step for step, time in enumerate(schedule.timesteps)}
-        kept: dict[bool, dict[int, np.ndarray]] = {True: {}, False: {}}
-        unconditional: Iterator[bool] = itertools.cycle((False, True))
+        kept: tuple[dict[int, np.ndarray], ...] = {}, {}
+        numbers, first = itertools.count(), next(step for step, sources in enumerate(schedule.sources) if sources)
         conditional = np.zeros(())
 
         def call(**inputs: np.ndarray) -> np.ndarray:
             nonlocal conditional
-            step, second = steps[float(inputs["timestep"].flat[0])], next(unconditional)
-            output = self.model(**inputs).numpy()
+            step, second = divmod(number := next(numbers), 2)
+            output = self._calls[number] if step < first else self.model(**inputs).numpy()
             base = conditional if second and kind == DIFFERENCE else np.float32(0)
             sources = schedule.sources[step] if second or kind == BOTH else ()
             if sources:
