@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -118,6 +119,12 @@ class _Turns:
     """
 
     def __init__(self) -> None:
+        self.forget()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forget)
+
+    def forget(self) -> None:
+        """Begins anew, as where a process was forked: the other threads are not there."""
         self._changed = threading.Condition()  # a thread may take it again
         self._threads = 0
 
@@ -135,7 +142,7 @@ class _Turns:
     @contextmanager
     def alone(self) -> Iterator[None]:
         with self._changed:
-            self._changed.wait_for(lambda: not self._threads)
+            self._changed.wait_for(lambda: self._threads <= 0)  # below where one forked within its own call
             yield
 
 
