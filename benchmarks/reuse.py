@@ -199,14 +199,18 @@ def picture() -> str:
         base = cell["rows"][0]["ms"]
         points = [(base / row["ms"], row["sqnr_db"]) for row in cell["rows"] if "ms" in row]
         series.append((number, f"{cell['model'].removeprefix('fashion-')}, {cell['steps']} steps", points))
-    reach = max((y for _, _, points in series for _, y in points), default=0)
+    heights = [y for _, _, points in series for _, y in points] or [0.0]
     farthest = max((x for _, _, points in series for x, _ in points), default=1)
     halves = range(2, math.ceil(2 * farthest) + 1)
     return charts.lines(
         series,
         f"images in so many steps under budgets of time, weights of {WEIGHTS} bits",
         charts.Axis((1, halves[-1] / 2), [half / 2 for half in halves], "times faster than every step computed", "x"),
-        charts.decibels(0, 5 * math.ceil(reach / 5), "SQNR of the images against the float model, dB"),
+        charts.decibels(
+            5 * math.floor(min(heights) / 5),
+            5 * math.ceil(max(heights) / 5),
+            "SQNR of the images against the float model, dB",
+        ),
     )
 
 
