@@ -234,7 +234,8 @@ class LossEstimator:
             weights[weight], made = found
             for task in layers[weight]:
                 if (choice := str(task.choice)) in made:
-                    fits.keep(program, task.node, str(weight.target), choice, task.rounding, made[choice])
+                    rows = item.rows_of(choice)
+                    fits.keep(program, task.node, str(weight.target), choice, task.rounding, made[choice], rows)
             advance(len(layers[weight]))
 
         session.tasks(_row_errors, None, (_rows(program, fits, of, share) for of in layers.values()), keep)
@@ -297,8 +298,16 @@ class _Rows:
     rounding: Rounding
     """How codes are chosen."""
     known: dict[str, Fit]
-    """The fits that are known, by format."""
+    """The fits that are known, by format, of as many rows as `rows_of` says."""
     mean: Tensor | None
+
+    def rows_of(self, format_name: str) -> int | None:
+        """The number of rows that are fitted in a format; None where it takes all of them."""
+        return _fitted_rows(format_name, self.picked, self.count)
+
+
+def _fitted_rows(format_name: str, picked: Tensor, count: int) -> int | None:
+    return len(picked) if len(picked) < count and get_format(format_name).by_row else None
 
 
 def _rows(program: Program, fits: FitCache, tasks: Sequence[Task], share: float) -> _Rows:
@@ -308,24 +317,24 @@ def _rows(program: Program, fits: FitCache, tasks: Sequence[Task], share: float)
     count = len(program.tensors[name])
     mean = None if bias_of(node) is None else program.facts[CALIBRATION].means.get(node.name)
     formats, rounding = tuple((task.name, str(task.choice)) for task in tasks), tasks[0].rounding
-    known = {f: fit for _, f in formats if (fit := fits.known(program, name, f, rounding)) is not None}
-    layer = Layer.of(program, node, name)
-    return _Rows(weight.name, layer, some_rows(count, share), count, formats, rounding, known, mean)
+    layer, picked, known = Layer.of(program, node, name), some_rows(count, share), {}
+    for _, f in formats:
+        if (fit := fits.known(program, name, f, rounding, _fitted_rows(f, picked, count))) is not None:
+            known[f] = fit
+    return _Rows(weight.name, layer, picked, count, formats, rounding, known, mean)
 
 
 def _row_errors(_: None, item: _Rows) -> tuple[WeightErrors, dict[str, Fit]]:
-    """The errors of a weight, and the whole fits that were made for them, unless they are too large to keep."""
+    """The errors of a weight, and the fits that were made for them, unless they are too large to keep."""
     errors: dict[Name, Tensor] = {}
-    some = [choice for _, choice in item.formats if len(item.picked) < item.count and get_format(choice).by_row]
-    rows = item.layer.fit_formats(some, item.rounding, item.picked) if some else {}
-    whole = [choice for _, choice in item.formats if choice not in {*rows, *item.known}]
-    made = item.layer.fit_formats(whole, item.rounding) if whole else {}
+    missing = [choice for _, choice in item.formats if choice not in item.known]
+    some, whole = ([f for f in missing if (item.rows_of(f) is None) == is_whole] for is_whole in (False, True))
+    made = item.layer.fit_formats(some, item.rounding, item.picked) if some else {}
+    made |= item.layer.fit_formats(whole, item.rounding) if whole else {}
     weight = item.layer.read(item.picked).flatten(1)
     for name, choice in item.formats:
-        if choice in rows:
-            level = rows[choice].dequantize()
-        else:
-            level = (made[choice] if choice in made else item.known[choice]).dequantize()[item.picked]
+        level = (item.known | made)[choice].dequantize()
+        level = level[item.picked] if item.rows_of(choice) is None else level
         errors[name] = (level - weight).to(torch.bfloat16)
     return WeightErrors(item.picked, item.count, errors, item.mean), {f: fit for f, fit in made.items() if kept(fit)}
 

@@ -467,8 +467,9 @@ class FitCache:
     """Files of fits that took long, for a run that goes on where this one was killed; None: they are lost then."""
     forms: dict[tuple[str, str], Fit] = field(default_factory=dict)
     """Fits by weight and format that are given, for programs of which only the form counts."""
-    weights: dict[tuple[str, str, Rounding], KeptFit] = field(default_factory=dict)
-    """By store name, format and rounding; those of more than `KEPT_ELEMENTS` elements are not kept."""
+    weights: dict[tuple[str, str, Rounding, int | None], KeptFit] = field(default_factory=dict)
+    """By store name, format, rounding and number of rows (`some_rows`; None: all of them); those of more than
+    `KEPT_ELEMENTS` elements are not kept."""
     integers: _Edges[tuple[Tensor, Tensor]] = field(default_factory=dict)
     """What `activation_parameters` gave."""
     floats: _Edges[tuple[int, Tensor]] = field(default_factory=dict)
@@ -489,20 +490,29 @@ class FitCache:
             self.keep(program, call, weight, format_name, rounding, found)
         return found
 
-    def known(self, program: Program, weight: str, format_name: str, rounding: Rounding) -> Fit | None:
-        """The fit, where there is one."""
-        if (form := self.forms.get((weight, format_name))) is not None:
+    def known(
+        self, program: Program, weight: str, format_name: str, rounding: Rounding, rows: int | None = None
+    ) -> Fit | None:
+        """The fit, or that of so many rows, where there is one."""
+        if rows is None and (form := self.forms.get((weight, format_name))) is not None:
             return form
-        found = self.weights.get((weight, format_name, rounding))
+        found = self.weights.get((weight, format_name, rounding, rows))
         return found.fit if found is not None and found.holds(program, weight) else None
 
     def keep(
-        self, program: Program, call: fx.Node, weight: str, format_name: str, rounding: Rounding, fit: Fit
+        self,
+        program: Program,
+        call: fx.Node,
+        weight: str,
+        format_name: str,
+        rounding: Rounding,
+        fit: Fit,
+        rows: int | None = None,
     ) -> None:
-        """Keeps a fit that was made elsewhere, unless it is too large."""
+        """Keeps a fit that was made elsewhere, perhaps of so many rows, unless it is too large."""
         if kept(fit):
             gram = program.facts[CALIBRATION].grams.get(call.name)
-            self.weights[weight, format_name, rounding] = KeptFit(fit, program.tensors[weight], call.name, gram)
+            self.weights[weight, format_name, rounding, rows] = KeptFit(fit, program.tensors[weight], call.name, gram)
 
     def fit_all(self, program: Program, wanted: Sequence[Wanted], context: RunContext, title: str) -> list[Fit]:
         """What `fitted` gives for each, as tasks of the context, one for each layer.

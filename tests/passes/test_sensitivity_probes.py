@@ -22,6 +22,7 @@ from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.pipeline.realize import uniform
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Layer
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support import cache
@@ -170,6 +171,27 @@ def test_around_a_fine_plan_losses_are_those_of_the_float_program_and_around_a_c
         found = [around[kind][place][choice] / loss for (kind, place, choice), loss in of_float.items()]
         apart[name, width] = np.abs(10 * np.log10(found)).mean()
     assert 4 * apart["int8", 8] < min(0.3, apart["int8", 4], apart["int3", 8])
+
+
+@pytest.mark.parametrize("sampled", [1, 1 << 23], ids=["some rows", "all rows"])
+def test_around_a_plan_no_weight_is_fitted_again(tmp_path, monkeypatch, sampled):
+    program, session = programs.after(MODEL, "time-groups"), Session(cache=tmp_path)
+    estimator = LossEstimator(("int2", "ec2"), (8,), inputs=1, probes=1, sampled=sampled)
+    planned = uniform("int8", activations=8.0).run(program, session)
+    fitted, fit_formats = [], Layer.fit_formats
+
+    def counting(self, names, *arguments):
+        fitted.extend(names)
+        return fit_formats(self, names, *arguments)
+
+    monkeypatch.setattr(Layer, "fit_formats", counting)
+    inputs, results = program.facts[CALIBRATION].select(1), cache.Results("sensitivity", "float", tmp_path)
+    estimator.losses(program, program, inputs, estimator.tasks(program), results, session)
+    assert {*fitted} == {"int2", "ec2"}
+    fitted.clear()
+    found = estimator.around(program, planned, session)
+    assert not fitted
+    assert found == estimator.around(program, planned, Session(cache=tmp_path / "other")) and fitted
 
 
 def test_more_inputs_where_widths_are_chosen_for_a_small_model():
