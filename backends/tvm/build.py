@@ -123,6 +123,7 @@ def build(
                     "template": call.kernel.template,
                     "problem": str(call.kernel),
                     "part": part,
+                    **({"beside": [*call.beside]} if call.beside else {}),
                 }
                 for part, calls in _in_parts(lowered.functions[0])
                 for call in calls

@@ -13,34 +13,41 @@ from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import Program
 
+Row = Mapping[str, Any]
+"""What is said of a kernel call."""
 
-def describe(program: Program, made: Iterable[Mapping[str, str]]) -> list[dict[str, Any]]:
+
+def describe(program: Program, made: Iterable[Row]) -> list[Row]:
     """Describes the kernel calls of a program, a row each.
 
     Args:
         program: packed.
-        made: the backend's description of each call: its node, its kernel, and more.
+        made: the backend's description of each call: its node, its kernel, and more; the nodes ``beside`` it that it
+            computes too, where it does.
 
     Returns:
-        The descriptions, with ``layer`` (a parameter, or None) and ``macs``, the multiply-accumulates per sample. Where
-        several calls stand for one node, the first has its multiplications.
+        The descriptions, with ``layer`` (a parameter, or None), or layers ``beside``, and ``macs``, the
+        multiply-accumulates per sample. Where several calls stand for one node, the first has its multiplications.
     """
     layers, work = _layers(program), _macs(program)
-    rows = []
+    rows: list[Row] = []
     for call in made:
-        node = call["node"]
-        rows.append({**call, "layer": layers.get(node), "macs": work.pop(node, 0)})
+        nodes = [call["node"], *call.get("beside", ())]
+        beside = {"beside": [layers.get(node) for node in nodes[1:]]} if nodes[1:] else {}
+        macs = sum(work.pop(node, 0) for node in nodes)
+        rows.append({**call, **beside, "layer": layers.get(nodes[0]), "macs": macs})
     return rows
 
 
-def by_layer(rows: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The kernel calls of each layer: their templates, kernels and multiply-accumulates."""
-    found: dict[str, dict[str, Any]] = {}
+def by_layer(rows: Iterable[Row]) -> dict[str, Row]:
+    """The kernel calls of each layer: their templates, kernels and multiply-accumulates, the layer's share of them."""
+    found: dict[str, Row] = {}
     for row in rows:
-        if row["layer"] is not None:
-            found.setdefault(row["layer"], {"kernels": []})["kernels"].append(
-                {"template": row["template"], "kernel": row["kernel"], "macs": row["macs"]}
-            )
+        layers = [row["layer"], *row.get("beside", ())]
+        kernel = {"template": row["template"], "kernel": row["kernel"], "macs": row["macs"] // len(layers)}
+        for layer in layers:
+            if layer is not None:
+                found.setdefault(layer, {"kernels": []})["kernels"].append(kernel)
     return found
 
 

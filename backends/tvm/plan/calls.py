@@ -103,7 +103,8 @@ class Value:
 class Call:
     """A kernel applied: names of values by the names of the kernel's arguments. `node` is for messages.
 
-    into: the value of which this call writes a part, its one result; other calls write the other parts
+    into:   the value of which this call writes a part, its one result; other calls write the other parts
+    beside: nodes of the calls that it stands for besides
     """
 
     kernel: Kernel
@@ -111,6 +112,7 @@ class Call:
     results: tuple[tuple[str, str], ...]
     node: str
     into: str = ""
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ class _Join:
             problem = problem.replace(epilogue=epilogue, groups=self.call.kernel.problem.get("time_groups"))
         ((_, result),) = self.call.results
         kernel = Kernel(self.product.kernel.template, problem)
-        return Call(kernel, tuple((own | quantizer).items()), (("out", result),), self.call.node)
+        return Call(kernel, tuple((own | quantizer).items()), (("out", result),), self.product.node)
 
 
 def join(lowered: Lowered) -> Lowered:

@@ -1,7 +1,7 @@
 """The stages behind the selection of kernels: each turns the plan into one of fewer or cheaper calls, bit for bit.
 
 A value that others read keeps its name, so that plans can be compared value by value. The rules are in `fuse`, `hoist`,
-`gates`, `integers`, `rounding` and `weight_only`; a stage applies one of them to a whole plan.
+`gates`, `integers`, `rounding`, `siblings` and `weight_only`; a stage applies one of them to a whole plan.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 
-from mpq_compiler.backends.tvm.plan import fuse, gates, hoist, integers, rounding, weight_only
+from mpq_compiler.backends.tvm.plan import fuse, gates, hoist, integers, rounding, siblings, weight_only
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Lowered, needed
 from mpq_compiler.pipeline.stages import LoweringStage
 
@@ -123,6 +123,13 @@ class RoundWhereMade(_FunctionStage):
 
     def changed(self, function: Function) -> Function:
         return rounding.round_where_made(function)
+
+
+class FuseSiblings(LoweringStage[Lowered]):
+    """Products of one input, alike but for their weights, are one launch: queries, keys and values."""
+
+    def run(self, plan: Lowered) -> Lowered:
+        return siblings.multiply_together(plan)
 
 
 JOINING: tuple[type[LoweringStage[Lowered]], ...] = (

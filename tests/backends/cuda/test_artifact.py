@@ -101,13 +101,13 @@ def test_artifact_is_as_good_as_the_packed_program(name, weights, target, home, 
     assert abs(artifact_db - packed_db) <= 0.1
 
 
-def test_gates_and_integers_change_no_bit(home, monkeypatch, tmp_path):
-    """Products that compute the gates behind them, and decode integers by shifts, against those that do neither."""
+def test_gates_integers_and_siblings_change_no_bit(home, monkeypatch, tmp_path):
+    """Products that compute gates, decode integers by shifts, or are one launch, against those that do nothing so."""
     for variable, value in home.items():
         monkeypatch.setenv(variable, value)
     case, target = packed.program("sd15", "int4"), silicon.target() if silicon.asked() else targets.resolve("cuda-sm90")
     found, inputs = [], packed.take(case.inputs, slice(2))
-    for name, left_out in (("whole", ()), ("less", (stages.FuseGates, stages.DecodeByShifts))):
+    for name, left_out in (("whole", ()), ("less", (stages.FuseGates, stages.DecodeByShifts, stages.FuseSiblings))):
         own = [stage for stage in lowering.of_target(target) if not isinstance(stage, left_out)]
         with monkeypatch.context() as patch:
             patch.setattr(lowering, "of_target", lambda target, own=own: own)

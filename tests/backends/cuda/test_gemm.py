@@ -15,8 +15,9 @@ pytest.importorskip("tvm")
 from mpq_compiler.backends.tvm.kernels.cuda import weights, wgmma
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
+from mpq_compiler.backends.tvm.kernels.problems import quant_matmul
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul, of_sibling
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
@@ -24,6 +25,7 @@ from tests.harness.cuda import kernels, silicon
 from tests.harness.cuda.cases import FORMATS, IMAGE, SEGMENTS, Problems
 from tests.harness.cuda.kernels import Library, disassembled, empty
 from tests.harness.cuda.mutants import mutated
+from tests.harness.float_kernels import bfloat16
 from tests.harness.shapes import (
     CONVOLUTIONS,
     Case,
@@ -70,7 +72,10 @@ def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[
     functions |= {f"prepare{i}": weights.build(p, f"prepare{i}") for i, (_, p) in enumerate(problems)}
     library = Library(functions)
     cases = [make_case(p, batch, seed(i, batch)) for i, (batch, p) in enumerate(problems)]
-    datas, first, second, found = [case.stored() for case in cases], [], [], []
+    datas, first, second, found = [], [], [], []
+    for case in cases:
+        stored = [of_product.stored() for of_product in of_products(case)]
+        datas.append({of_sibling(name, i): value for i, data in enumerate(stored) for name, value in data.items()})
     for i, (case, data) in enumerate(zip(cases, datas, strict=True)):
         inputs, made = weights.arguments(case.problem)
         first.append((f"prepare{i}", [*(data[a.name] for a in inputs), *(empty(a, case.batch) for a in made)]))
@@ -83,9 +88,18 @@ def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[
     for case, results, others in zip(cases, late, early, strict=True):
         for result, other in zip(results, others, strict=True):
             np.testing.assert_array_equal(result.view(np.uint8), other.view(np.uint8), str(case.problem))
-        names = [a.name for a in gemm.arguments(case.problem)]
-        found.append((case, [results[names.index(name)] for name in ("out", "full") if name in names]))
+        count = len(gemm.arguments(case.problem))
+        found.append((case, results[count - quant_matmul.outputs(case.problem) : count]))
     return found
+
+
+def of_products(case: Case) -> list[Case]:
+    """A case of each product of a problem, with weights and tables of their own, on the same activations."""
+    shared = {name: case.data[name] for name in ("x", "group", "act_scale", "act_zero")}
+    if not case.problem.siblings:
+        return [case]
+    alone = [make_case(case.problem.alone, case.batch, seed("sibling", i)) for i in range(case.problem.products)]
+    return [replace(each, data=each.data | shared) for each in alone]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +169,38 @@ def test_gates(build):
             d = case.data
             expected = quantize(expected + d["operand0"], d["qscale"], d["qzero"], d["group"], 8)
         np.testing.assert_array_equal(out, expected, str(case.problem))
+
+
+@pytest.mark.parametrize("build", [gemm.build, wgmma.build], ids=["mma", "wgmma"])
+def test_siblings(build):
+    """Products in one launch have the bits that each has by itself, in each format, and with epilogues of their own."""
+    scaled = Epilogue((Step("mul", value=0.5),), rounded=True)
+    problems = [
+        (2, linear((10,), 96, 192, bits=4, classes=2, groups=2, has_offset=True, siblings=(None, scaled))),
+        (1, linear((130,), 64, 256, has_bias=False, epilogue=scaled, siblings=(Epilogue((Step("relu"),)),))),
+        (2, linear((1,), 2048, 128, dynamic=True, has_offset=True, siblings=(None,))),  # blocks share the k axis
+        (1, linear((5,), 1600, 128, bits=4, integers=True, siblings=(None,))),
+        (2, linear((5,), 96, 192, segments=(64, 32), bits=3, siblings=(None, None))),
+        (1, linear((5,), 128, 128, segments=(32,) * 4, dynamic=True, bits=2, siblings=(None,))),
+        (1, replace(with_widths(linear((9,), 60, 64), 2, 3, 4), outputs=128, siblings=(None,))),
+        (2, QuantMatmul(6, 5, 64, 512, (3, 3), padding=(1, 1, 1, 1), groups=2, siblings=(None,) * 7)),
+    ]
+    for case, outputs in run(problems, build):
+        alone = of_products(case)
+        assert len(outputs) == len(alone) > 1
+        for epilogue, product, out in zip(case.problem.epilogues, alone, outputs, strict=True):
+            expected = reference(product)
+            for step in epilogue.steps:
+                expected = expected * np.float32(0.5) if step.op == "mul" else np.maximum(expected, np.float32(0))
+            expected = bfloat16(expected) if epilogue.rounded else expected.view(np.uint32)
+            np.testing.assert_array_equal(out.view(expected.dtype), expected, str(case.problem))
+
+
+def test_siblings_are_whole_blocks_without_operands():
+    with pytest.raises(ValueError, match="96 outputs are no 64 of each of 2 products"):
+        linear((5,), 64, 96, siblings=(None,))
+    with pytest.raises(ValueError, match="epilogues without operands"):
+        linear((5,), 64, 128, siblings=(Epilogue((Step("quantize", value=8),)),))
 
 
 def test_a_gate_joins_whole_blocks():

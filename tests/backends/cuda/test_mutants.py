@@ -29,8 +29,9 @@ from mpq_compiler.backends.tvm.kernels.problems import rounding as rounding_prob
 from mpq_compiler.backends.tvm.kernels.problems.argument import ROUNDED
 from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, of_sibling
 from mpq_compiler.backends.tvm.kernels.problems.rounding import Rounding
 from mpq_compiler.targets.numerics import BF16
 from tests.harness.cuda import emulator
@@ -51,12 +52,12 @@ GEMM: Mutants = {
         "load(begin + ahead, stage)",
     ),
     "writes a row too many": (
-        "tirx.all(row < self.total, column < p.results)",
-        "tirx.all(row <= self.total, column < p.results)",
+        "tirx.all(row < self.total, column < p.results * p.products)",
+        "tirx.all(row <= self.total, column < p.results * p.products)",
     ),
     "writes columns too many": (
-        "tirx.all(row < self.total, column < p.results)",
-        "tirx.all(row < self.total, column <= p.results)",
+        "tirx.all(row < self.total, column < p.results * p.products)",
+        "tirx.all(row < self.total, column <= p.results * p.products)",
     ),
     "the border of the first group": ("segment * self.p.groups + self.row_group[i]]", "segment * self.p.groups]"),
     "a border of three bytes": ('"uint32") * T.uint32(ONES)', '"uint32") * T.uint32(ONES >> 8)'),
@@ -87,6 +88,11 @@ GEMM: Mutants = {
     ),
     "results of the next row": ("own = own - self.warp_row +", "own = own + 1 - self.warp_row +"),
     "the last chunk too long": ("T.min(size - channel, CHUNK), 0)", "T.min(size - channel + 3, CHUNK), 0)"),
+}
+SIBLINGS: Mutants = {
+    "results of the first sibling alone": ("tirx.EQ(product, i)", "tirx.EQ(product, 0)"),
+    "columns from the first sibling on": ("own = T.bind(column - product * p.results)", "own = T.bind(column)"),
+    "the epilogue of the first sibling": ("row, own, epilogue, self", "row, own, self.epilogue, self"),
 }
 SPLIT: Mutants = {
     "a part too few": ("T.serial(1, self.splits)", "T.serial(1, self.splits - 1)"),
@@ -507,6 +513,7 @@ OF_WARPS = norms_problems.LayerNorm(11, 300, eps=1e-2)
 CODES = WeightOnly(replace(BFLOAT16, channels=24), DequantizeTable(70, 9 * 24, (8, 8, 8), 4, 2, "float16"))
 
 
+TWINS = QuantMatmul.linear((70,), 64, 128, siblings=(Epilogue((Step("neg"),)),))
 WHOLES = WeightOnly(SHARED, DequantizeTable(70, 1600, (1600,), 4, 2, integers=True))
 GROUPED = WeightOnly(SHARED, DequantizeTable(70, 1600, (320,) * 5, 4))
 STORED = WeightOnly(SHARED, DequantizeTable(70, 1600, (1600,), 8))
@@ -522,8 +529,9 @@ def _bytes(problem: WeightOnly) -> list[np.ndarray]:
 
 
 def _product(problem: QuantMatmul) -> list[np.ndarray]:
-    case = make_case(problem, 2, seed("mutants"))
-    data, (inputs, made) = case.stored(), weights.arguments(problem)
+    stored = [make_case(problem.alone, 2, seed("mutants", *range(i))).stored() for i in range(problem.products)]
+    data = {of_sibling(name, i): value for i, own in enumerate(stored) for name, value in own.items()}
+    inputs, made = weights.arguments(problem)
     data["group"] = np.array([2, 1])
     prepared = [*(data[a.name] for a in inputs), *(empty(a, 2) for a in made)]
     (results,) = Library({"prepare": weights.build(problem, "prepare")}).run([("prepare", prepared)])
@@ -569,6 +577,7 @@ SUBJECTS = {
     ),
     "wgmma": Subject(wgmma, WGMMA, lambda m, n: m.build(WIDE, n), lambda: _product(WIDE)),
     "split wgmma": Subject(wgmma, SPLIT_WGMMA, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
+    "siblings": Subject(gemm, SIBLINGS, lambda m, n: m.build(TWINS, n), lambda: _product(TWINS)),
     "split gemm": Subject(gemm, SPLIT, lambda m, n: m.build(LONG, n), lambda: _product(LONG)),
     "attention": Subject(
         cuda_attention, ATTENTION, lambda m, n: m.build(HEADS, n), lambda: _draw(attention.arguments(HEADS), 2)

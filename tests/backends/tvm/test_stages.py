@@ -92,7 +92,8 @@ def test_contract(model, name):
 
 def test_every_stage_of_every_target_says_what_it_does():
     every = {name for target in targets.TARGETS for name in _names(target)}
-    on_gpus = [stages.FuseGates, stages.DecodeByShifts, stages.FuseDequantization, stages.RoundWhereMade]
+    on_gpus = [stages.FuseGates, stages.DecodeByShifts, stages.FuseDequantization]
+    on_gpus += [stages.RoundWhereMade, stages.FuseSiblings]
     assert {*STAGES, *(stage.name() for stage in on_gpus)} == every
     classes = [*stages.JOINING, stages.HoistInvariants, stages.ConcatenateInPlace, *on_gpus]
     for cls in (tvm_lowering.SelectKernels, *classes):

@@ -39,14 +39,20 @@ from mpq_compiler.backends.tvm.kernels.common.dequantize import dequantize_row, 
 from mpq_compiler.backends.tvm.kernels.common.float8 import decode
 from mpq_compiler.backends.tvm.kernels.common.panels import first_output
 from mpq_compiler.backends.tvm.kernels.common.stored import StoredRows
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, flat, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, flat, store, unravel
 from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc, workspace
 from mpq_compiler.backends.tvm.kernels.problems import dequantize, float8, float_gemm
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable
 from mpq_compiler.backends.tvm.kernels.problems.float8 import DequantizeFloat8
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import GATED, QuantMatmul, stored_arguments, vectors
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import (
+    GATED,
+    QuantMatmul,
+    of_sibling,
+    stored_arguments,
+    vectors,
+)
 
 CHUNK, UNIT, STEP = 16, 32, 64
 """Values of k: of a copy, of an instruction, of a step between barriers."""
@@ -164,18 +170,33 @@ def arguments(problem: QuantMatmul) -> tuple[list[Argument], list[Argument]]:
 def build(problem: QuantMatmul, name: str) -> PrimFunc:
     """The kernel ``name(*stored_arguments(problem), *Fragments(problem).buffers())``."""
     inputs, outputs = arguments(problem)
-    return primfunc(name, [*inputs, *outputs], lambda _, buffers: _Prepare(problem, buffers).emit())
+    own = problem.alone
+
+    def body(_: object, buffers: Buffers) -> None:
+        kept, values = (workspace(own.outputs * own.reduction, dtype) for dtype in ("uint8", "int8"))
+        for i in range(problem.products):
+            stored = {a.name: buffers.get(of_sibling(a.name, i), buffers[a.name]) for a in stored_arguments(own)}
+            _Prepare(own, {**buffers, **stored}, i * own.outputs).emit(kept, values)
+
+    return primfunc(name, [*inputs, *outputs], body)
 
 
 class _Prepare:
-    def __init__(self, problem: QuantMatmul, buffers: Buffers) -> None:
-        self.p, self.b, self.w = problem, buffers, Fragments(problem)
+    """Lays out the weights of one product.
 
-    def emit(self) -> None:
-        p, w = self.p, self.w
-        self.kept = workspace(p.outputs * p.reduction, "uint8")
-        """A byte for each weight: its code, or its value."""
-        values = workspace(p.outputs * p.reduction, "int8")
+    first: of its outputs, behind those of its siblings
+    """
+
+    def __init__(self, problem: QuantMatmul, buffers: Buffers, first: int) -> None:
+        self.p, self.b, self.w, self.first = problem, buffers, Fragments(problem), first
+
+    def emit(self, kept: Buffer, values: Buffer) -> None:
+        """Emits the grids.
+
+        kept:   a byte for each weight, its code or its value
+        values: its value
+        """
+        p, w, self.kept = self.p, self.w, kept
         with each(p.outputs, 32) as i:
             rows = StoredRows(self.b, (p.outputs, p.reduction), p.bits, p.widths, i)
             place = local(p.entries, "int32") if p.widths and p.bits < 8 else None
@@ -185,10 +206,10 @@ class _Prepare:
                 code = T.bind(codes(k))
                 value = T.bind(self._value(rows, i, code))
                 store(values, T.cast(value, "int8"), i * p.reduction + k)
-                kept = value if p.bits == 8 else code
+                byte = value if p.bits == 8 else code
                 if place is not None:
-                    kept = place[code]
-                store(self.kept, T.cast(kept, "uint8"), i * p.reduction + k)
+                    byte = place[code]
+                store(self.kept, T.cast(byte, "uint8"), i * p.reduction + k)
         if w.looked_up:
             self._tables()
         with each(w.outputs * len(p.segments), 32) as number:
@@ -199,9 +220,9 @@ class _Prepare:
                 total = local(1)
                 store(total, vmath.f32(0.0, 1), 0)
                 with T.serial(0, len(p.segments)) as j:
-                    own = T.cast(self.b["start"][j, 0, i], "float32")
-                    store(total, vmath.fma(own, self.b["weight_scale"][j, i], total[0]), 0)
-                store(self.b["sums"], total[0], i)
+                    own = T.cast(self.b["start"][j, 0, self.first + i], "float32")
+                    store(total, vmath.fma(own, self.b["weight_scale"][j, self.first + i], total[0]), 0)
+                store(self.b["sums"], total[0], self.first + i)
         with each(w.outputs // CHANNELS * (w.steps * 32), 128) as number:
             fragment, step, lane = unravel(number, w.steps, 32)
             self._fragment(fragment, step, lane)
@@ -225,7 +246,7 @@ class _Prepare:
             for byte in range(4):
                 entry = T.cast(tirx.reinterpret("uint8", self.b["tables"][table, word * 4 + byte]), "uint32")
                 packed = packed | entry << T.uint32(8 * byte)
-            store(self.b["lut"], packed, block, word)
+            store(self.b["lut"], packed, self.first // CHANNELS + block, word)
 
     def _vectors(self, i: Any, j: Any, values: Any) -> None:
         """Scale and sum of column i and segment j; offset and bias of the column. Zero behind the last."""
@@ -235,7 +256,8 @@ class _Prepare:
         def or_zero(value: Expr) -> Expr:
             return tirx.Select(behind, vmath.f32(0.0, 1), T.cast(value, "float32"))
 
-        store(b["weight_scale"], or_zero(b["scale"][inside, j]), j, i)
+        column = self.first + i
+        store(b["weight_scale"], or_zero(b["scale"][inside, j]), j, column)
         total, size = local(1, "int32"), p.segments[0]
         store(total, tirx.IntImm("int32", 0), 0)
         first: Any = j * size
@@ -244,13 +266,13 @@ class _Prepare:
         with T.If(i < p.outputs), T.Then(), T.serial(0, self.w.taps) as tap, T.serial(0, size) as k:
             weight = values[inside * p.reduction + tap * p.channels + first + k]
             store(total, total[0] + T.cast(weight, "int32"), 0)
-        store(b["start"], total[0], j, 0, i)
+        store(b["start"], total[0], j, 0, column)
         with T.If(tirx.EQ(j, 0)), T.Then():
             T.evaluate(T.int32(0))
             if p.has_offset:
-                store(b["offset"], or_zero(b["stored_offset"][inside]), i)
+                store(b["offset"], or_zero(b["stored_offset"][inside]), column)
             if p.has_bias:
-                store(b["bias"], or_zero(b["stored_bias"][inside]), i)
+                store(b["bias"], or_zero(b["stored_bias"][inside]), column)
 
     def _fragment(self, fragment: Any, step: Any, lane: Any) -> None:
         """The words of one lane."""
@@ -280,7 +302,7 @@ class _Prepare:
                         kept = T.if_then_else(there, T.cast(self.kept[at], "uint32"), self._nothing())
                         self._merge(words, T.bind(kept), ks, h, kk, e)
         for word in range(w.words):
-            store(self.b["tiles"], words[word], fragment, step, w.place(word, lane))
+            store(self.b["tiles"], words[word], self.first // CHANNELS + fragment, step, w.place(word, lane))
 
     def _nothing(self) -> Any:
         """The code where there is no weight: activations are zero there, or the channel is padding."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument, Shape
@@ -16,6 +16,8 @@ MANY_ROWS = 16
 """From so many rows a sample on weights may lie as a matrix engine takes them: for `prepare` all more are as many."""
 GATED = 32
 """Outputs that lie side by side in a product with a gate, those that they are multiplied by behind them."""
+WHOLE = 64
+"""Outputs of products beside one another are multiples of this, so that no weights of none lie between theirs."""
 
 MOST_INTEGERS = (2**31 - 1) // (255 * 128)
 """Products of codes and 16 times integers of 4 bits whose sum does not overflow."""
@@ -39,7 +41,7 @@ class QuantMatmul:
 
     height, width:  of the input, channels-last; a linear layer has its rows here
     channels:       C, the input channels
-    outputs:        O, the output channels
+    outputs:        O, the output channels, of all siblings together
     kernel, stride: (vertical, horizontal)
     padding:        (top, bottom, left, right); padded pixels hold the zero point
     bits:           of a stored weight code: 2, 3, 4 or 8
@@ -51,6 +53,8 @@ class QuantMatmul:
     has_bias:       there is a bias
     gate:           what joins the two halves of the outputs, on GPUs alone
     integers:       codes of 4 bits number integers from -8 on, without a gap: GPUs decode them by shifts
+    siblings:       epilogues of further products of the same input, whose outputs are behind those of the first, as
+                    many of each, and whose results are tensors of their own; on GPUs alone
     epilogue:       what happens to the result before it is stored
     rank:           of the input: 4 for [B,H,W,C], 3 for [B,H,C], 2 for [B,C]
     into:           (elements of a sample, offset of the first row, from one row to the next) of a larger buffer, of
@@ -84,6 +88,7 @@ class QuantMatmul:
     code_bytes: int = 0
     gate: Gate | None = None
     integers: bool = False
+    siblings: tuple[Epilogue | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.segments:
@@ -104,6 +109,10 @@ class QuantMatmul:
             raise ValueError(f"a sum of {self.reduction} products of codes and 16 times integers overflows")
         if self.gate is not None and self.outputs % (2 * GATED):
             raise ValueError(f"{self.outputs} outputs are no pairs of {GATED}, which a gate joins")
+        if self.siblings and self.outputs % (self.products * WHOLE):
+            raise ValueError(f"{self.outputs} outputs are no {WHOLE} of each of {self.products} products")
+        if self.siblings and (self.gate or self.into or not all(map(is_plain, self.epilogues))):
+            raise ValueError("products beside one another have epilogues without operands, and no gates")
 
     @classmethod
     def linear(cls, leading: tuple[int, ...], channels: int, outputs: int, **options: Any) -> QuantMatmul:
@@ -126,8 +135,23 @@ class QuantMatmul:
 
     @property
     def results(self) -> int:
-        """Channels of the result: the outputs, or half of them where a gate joins the halves."""
-        return self.outputs if self.gate is None else self.outputs // 2
+        """Channels of a result: the outputs of its product, or half of them where a gate joins the halves."""
+        return self.outputs // self.products if self.gate is None else self.outputs // 2
+
+    @property
+    def products(self) -> int:
+        """How many products there are: itself, and its siblings."""
+        return 1 + len(self.siblings)
+
+    @property
+    def epilogues(self) -> tuple[Epilogue, ...]:
+        """Those of all products."""
+        return tuple(each or Epilogue() for each in (self.epilogue, *self.siblings))
+
+    @property
+    def alone(self) -> QuantMatmul:
+        """The first product, without its siblings."""
+        return replace(self, outputs=self.outputs // self.products, siblings=())
 
     @property
     def reduction(self) -> int:
@@ -178,6 +202,16 @@ class QuantMatmul:
         return ("B", *(self.out_height, self.out_width)[: self.rank - 2], self.results)
 
 
+def is_plain(epilogue: Epilogue) -> bool:
+    """Whether an epilogue reads nothing but the value that it is of."""
+    return not epilogue.operands and epilogue.bits is None
+
+
+def of_sibling(name: str, number: int) -> str:
+    """The name of an argument of product `number`; those of the first have their usual ones."""
+    return f"{name}_{number}" if number else name
+
+
 def vectors(problem: QuantMatmul, outputs: int, starts: int | None = None) -> list[Argument]:
     """The buffers that `prepare` makes beside codes and tables, for `outputs` channels, padding included.
 
@@ -197,7 +231,15 @@ def vectors(problem: QuantMatmul, outputs: int, starts: int | None = None) -> li
 
 
 def stored_arguments(problem: QuantMatmul) -> list[Argument]:
-    """The stored form of a layer: packed codes (`formats.packing`), scales, tables, zero points, bias."""
+    """The stored form of a layer: packed codes (`formats.packing`), scales, tables, zero points, bias.
+
+    That of siblings is behind it; they share their zero points.
+    """
+    if problem.siblings:
+        own = stored_arguments(problem.alone)
+        theirs = [a for a in own if a.name != "act_zero"]
+        numbers = range(1, problem.products)
+        return own + [replace(a, name=of_sibling(a.name, i)) for i in numbers for a in theirs]
     p, segments = problem, len(problem.segments)
     stored = [
         # as formats.packing.packed_bytes, whose package imports torch
@@ -217,13 +259,13 @@ def stored_arguments(problem: QuantMatmul) -> list[Argument]:
 
 
 def calling(problem: QuantMatmul, weights: Sequence[Argument]) -> list[Argument]:
-    """The buffers of a kernel in calling order, the output last.
+    """The buffers of a kernel in calling order, the outputs last.
 
     weights: what `prepare` makes
 
     ``x`` and ``group``; ``act_scale``, ``act_zero``; the weights; the epilogue's operands, ``qscale`` and ``qzero``
-    where it quantizes; ``out``, and ``full``, what the quantizer reads, where the epilogue keeps it. Dynamic
-    activations have no ``group``, but their epilogue may.
+    where it quantizes; ``out``, those of siblings, and ``full``, what the quantizer reads, where the epilogue keeps it.
+    Dynamic activations have no ``group``, but their epilogue may.
     """
     tables = (BATCH, problem.rows) if problem.dynamic else (len(problem.segments), problem.groups)
     own = [
@@ -238,9 +280,11 @@ def calling(problem: QuantMatmul, weights: Sequence[Argument]) -> list[Argument]
     own += [argument for argument in theirs if problem.dynamic or argument.name != "group"]
     kept = [Argument("full", shape)] if epilogue.keeps else []
     written = shape if problem.into is None else (BATCH, problem.into[0])
-    return [*own, Argument("out", written, epilogue.out_dtype), *kept]
+    results = [Argument(of_sibling("out", i), written, each.out_dtype) for i, each in enumerate(problem.epilogues)]
+    return [*own, *results, *kept]
 
 
 def outputs(problem: QuantMatmul) -> int:
     """How many of the arguments of `calling`, the last ones, are results."""
-    return 2 if problem.epilogue is not None and problem.epilogue.keeps else 1
+    kept = problem.epilogue is not None and problem.epilogue.keeps
+    return problem.products + kept

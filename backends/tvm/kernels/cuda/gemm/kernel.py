@@ -33,7 +33,7 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import (
 from mpq_compiler.backends.tvm.kernels.cuda.weights import CHANNELS, CHUNK, STEP, UNIT, Fragments
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import GATED, QuantMatmul, calling
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import GATED, QuantMatmul, calling, of_sibling
 
 MMA = "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
@@ -728,7 +728,7 @@ class Kernel:
                 down = own // 16 * (t.row_fragments * 16) + fragment * 16 + own % 16
                 first = self.first_column if p.gate is None else self.first_column // 2
                 row, column = T.bind(self.first_row + down), T.bind(first + across * n)
-                with T.If(tirx.all(row < self.total, column < p.results)), T.Then():
+                with T.If(tirx.all(row < self.total, column < p.results * p.products)), T.Then():
                     self._finish(self._waiting(staged, own, across * n, n), row, column)
 
     def _waiting(self, staged: Buffer, row: Index, column: Index, count: int) -> list[Expr]:
@@ -830,8 +830,20 @@ class Kernel:
             self._finish([vmath.keep(y)], row, column)
 
     def _finish(self, values: Sequence[Expr], row: Index, column: Index) -> None:
-        """The epilogue of neighbouring results, and where they go."""
-        p, epilogue = self.p, self.epilogue
+        """The epilogue of neighbouring results, and where they go: to the result of their product, of several."""
+        p = self.p
+        if not p.siblings:
+            self._put(values, row, column, self.epilogue, self.b["out"])
+            return
+        product = T.bind(tirx.truncdiv(column, p.results))
+        own = T.bind(column - product * p.results)
+        for i, epilogue in enumerate(p.epilogues):
+            with T.If(tirx.EQ(product, i)), T.Then():
+                self._put(values, row, own, epilogue, self.b[of_sibling("out", i)])
+
+    def _put(self, values: Sequence[Expr], row: Index, column: Index, epilogue: Epilogue, out: Buffer) -> None:
+        """An epilogue of neighbouring results, and where they go in one tensor."""
+        p = self.p
         sample = T.bind(tirx.truncdiv(row, p.rows))
         full: Index = row * p.results + column
         places = full, sample * p.results + column, column
@@ -845,7 +857,7 @@ class Kernel:
         if p.into is not None:
             size, offset, step = p.into
             at = sample * size + offset + (row - sample * p.rows) * step + column
-        put_values(self.b["out"], finished(epilogue, self.b, values, quant, *places), at)
+        put_values(out, finished(epilogue, self.b, values, quant, *places), at)
 
 
 def _selector(bits: int, word: Callable[[int], Any], ks: int, h: int, kk: int) -> Any:
