@@ -328,13 +328,16 @@ def _row_errors(_: None, item: _Rows) -> tuple[WeightErrors, dict[str, Fit]]:
     """The errors of a weight, and the fits that were made for them, unless they are too large to keep."""
     errors: dict[Name, Tensor] = {}
     missing = [choice for _, choice in item.formats if choice not in item.known]
-    some, whole = ([f for f in missing if (item.rows_of(f) is None) == is_whole] for is_whole in (False, True))
+    some = [choice for choice in missing if item.rows_of(choice) is not None]
+    whole = [choice for choice in missing if choice not in some]
     made = item.layer.fit_formats(some, item.rounding, item.picked) if some else {}
     made |= item.layer.fit_formats(whole, item.rounding) if whole else {}
+    fits = item.known | made
     weight = item.layer.read(item.picked).flatten(1)
     for name, choice in item.formats:
-        level = (item.known | made)[choice].dequantize()
-        level = level[item.picked] if item.rows_of(choice) is None else level
+        level = fits[choice].dequantize()
+        if item.rows_of(choice) is None:
+            level = level[item.picked]
         errors[name] = (level - weight).to(torch.bfloat16)
     return WeightErrors(item.picked, item.count, errors, item.mean), {f: fit for f, fit in made.items() if kept(fit)}
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, of_sibling
 from mpq_compiler.formats.packing import pack_codes, pack_rows, packed_bytes
 
 ROWS = (1, 2, 5, 6, 7, 63, 64, 65, 1000)
@@ -123,6 +123,21 @@ def make_case(problem: QuantMatmul, batch: int, seed_: int, zero_points: tuple[i
         data["qscale"] = (draw.random(p.groups) + 0.5).astype(np.float32)
         data["qzero"] = draw.integers(0, 2 ** (p.epilogue.bits or 8), p.groups).astype(np.int32)
     return Case(p, batch, data)
+
+
+def of_products(case: Case) -> list[Case]:
+    """A case of each product of a problem, with weights and tables of their own, on the same activations."""
+    if not case.problem.siblings:
+        return [case]
+    shared = {name: case.data[name] for name in ("x", "group", "act_scale", "act_zero")}
+    alone = [make_case(case.problem.alone, case.batch, seed("sibling", i)) for i in range(case.problem.products)]
+    return [replace(each, data=each.data | shared) for each in alone]
+
+
+def stored_together(case: Case) -> dict[str, np.ndarray]:
+    """The arguments of `prepare`, those of siblings too."""
+    stored = [product.stored() for product in of_products(case)]
+    return {of_sibling(name, i): value for i, data in enumerate(stored) for name, value in data.items()}
 
 
 def fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import WHOLE, of_sibling
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import BLOCK, of_sibling
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Kernel, Lowered, Record
 
 MOST = 8
@@ -43,19 +43,21 @@ class _Siblings:
 def multiply_together(lowered: Lowered) -> Lowered:
     """Join products of one input, where all that read their weights can be joined so."""
     makers = {name: call for call in lowered.preparation for _, name in call.results}
-    found = [siblings for function in lowered.functions for siblings in _siblings(function, makers)]
-    done = Counter(siblings.panels for siblings in found)
+    found = [list(_siblings(function, makers)) for function in lowered.functions]
+    done = Counter(siblings.panels for own in found for siblings in own)
     reads = Counter(name for function in lowered.functions for call in function.calls for _, name in call.operands)
     wanted = {panels for panels, count in done.items() if all(reads[name] == count for name in panels)}
     preparation = (*lowered.preparation, *(_prepared([makers[name] for name in panels]) for panels in sorted(wanted)))
 
-    def changed(function: Function) -> Function:
-        own = [siblings for siblings in _siblings(function, makers) if siblings.panels in wanted]
-        replaced: dict[Call, list[Call]] = {call: [] for siblings in own for call in siblings.calls}
-        replaced |= {siblings.calls[0]: [siblings.joined()] for siblings in own}
+    def changed(function: Function, found: Sequence[_Siblings]) -> Function:
+        replaced: dict[Call, list[Call]] = {}
+        for siblings in found:
+            if siblings.panels in wanted:
+                first, *rest = siblings.calls
+                replaced |= {first: [siblings.joined()], **{call: [] for call in rest}}
         return replace(function, own=tuple(new for call in function.own for new in replaced.get(call, [call])))
 
-    functions = tuple(map(changed, lowered.functions))
+    functions = tuple(map(changed, lowered.functions, found))
     return replace(lowered, preparation=preparation, functions=functions).linked()
 
 
@@ -87,7 +89,7 @@ def _fits(call: Call) -> bool:
     plain = epilogue is None or not (
         epilogue.get("operands") or any(step.get("op") == "quantize" for step in epilogue.get("steps"))
     )
-    return plain and not fields.get("gate") and fields["outputs"] % WHOLE == 0
+    return plain and not fields.get("gate") and fields["outputs"] % BLOCK == 0
 
 
 def _prepared(calls: Sequence[Call]) -> Call:

@@ -17,7 +17,7 @@ from mpq_compiler.backends.tvm.kernels.cuda.gemm import kernel as gemm
 from mpq_compiler.backends.tvm.kernels.cuda.gemm import tiles
 from mpq_compiler.backends.tvm.kernels.problems import quant_matmul
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul, of_sibling
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.targets import nvidia
 from mpq_compiler.targets import table as targets
@@ -30,10 +30,12 @@ from tests.harness.shapes import (
     CONVOLUTIONS,
     Case,
     make_case,
+    of_products,
     quantize,
     random_problem,
     reference,
     seed,
+    stored_together,
     with_widths,
 )
 
@@ -72,10 +74,7 @@ def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[
     functions |= {f"prepare{i}": weights.build(p, f"prepare{i}") for i, (_, p) in enumerate(problems)}
     library = Library(functions)
     cases = [make_case(p, batch, seed(i, batch)) for i, (batch, p) in enumerate(problems)]
-    datas, first, second, found = [], [], [], []
-    for case in cases:
-        stored = [of_product.stored() for of_product in of_products(case)]
-        datas.append({of_sibling(name, i): value for i, data in enumerate(stored) for name, value in data.items()})
+    datas, first, second, found = [stored_together(case) for case in cases], [], [], []
     for i, (case, data) in enumerate(zip(cases, datas, strict=True)):
         inputs, made = weights.arguments(case.problem)
         first.append((f"prepare{i}", [*(data[a.name] for a in inputs), *(empty(a, case.batch) for a in made)]))
@@ -91,15 +90,6 @@ def run(problems: Problems, build: Build = gemm.build) -> list[tuple[Case, list[
         count = len(gemm.arguments(case.problem))
         found.append((case, results[count - quant_matmul.outputs(case.problem) : count]))
     return found
-
-
-def of_products(case: Case) -> list[Case]:
-    """A case of each product of a problem, with weights and tables of their own, on the same activations."""
-    shared = {name: case.data[name] for name in ("x", "group", "act_scale", "act_zero")}
-    if not case.problem.siblings:
-        return [case]
-    alone = [make_case(case.problem.alone, case.batch, seed("sibling", i)) for i in range(case.problem.products)]
-    return [replace(each, data=each.data | shared) for each in alone]
 
 
 @pytest.mark.parametrize(

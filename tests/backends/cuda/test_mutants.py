@@ -31,14 +31,14 @@ from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable, WeightOnly
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul, of_sibling
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
 from mpq_compiler.backends.tvm.kernels.problems.rounding import Rounding
 from mpq_compiler.targets.numerics import BF16
 from tests.harness.cuda import emulator
 from tests.harness.cuda.kernels import Library, empty
 from tests.harness.cuda.mutants import Mutants, mutated
 from tests.harness.float_kernels import bfloat16
-from tests.harness.shapes import make_case, seed
+from tests.harness.shapes import make_case, seed, stored_together
 
 GEMM: Mutants = {
     "no barrier before a step": ("            barrier()\n\n            def load_ahead", "            def load_ahead"),
@@ -529,9 +529,8 @@ def _bytes(problem: WeightOnly) -> list[np.ndarray]:
 
 
 def _product(problem: QuantMatmul) -> list[np.ndarray]:
-    stored = [make_case(problem.alone, 2, seed("mutants", *range(i))).stored() for i in range(problem.products)]
-    data = {of_sibling(name, i): value for i, own in enumerate(stored) for name, value in own.items()}
-    inputs, made = weights.arguments(problem)
+    case = make_case(problem, 2, seed("mutants"))
+    data, (inputs, made) = stored_together(case), weights.arguments(problem)
     data["group"] = np.array([2, 1])
     prepared = [*(data[a.name] for a in inputs), *(empty(a, 2) for a in made)]
     (results,) = Library({"prepare": weights.build(problem, "prepare")}).run([("prepare", prepared)])

@@ -492,7 +492,7 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
                 "(p.segments, self.w.first_channels))",
                 "(p.segments, self.w.first_units))",
             ),
-            "sums over those of the first segment": ("total[0], j, 0, i)", "total[0], 0, 0, i)"),
+            "sums over those of the first segment": ("total[0], j, 0, column)", "total[0], 0, 0, column)"),
             "the offset of the first channel": ('b["stored_offset"][inside]', 'b["stored_offset"][0]'),
             "the bias of the first channel": ('b["stored_bias"][inside]', 'b["stored_bias"][0]'),
             "segments from the first unit on": ("(own - (0 if w.even else first))", "own"),
@@ -500,16 +500,16 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
         },
     ),
     "late zero points": (
-        SEGMENTS[4],
+        SEGMENTS[5],
         {
             "sums of the first of even segments": ("first: Any = j * size", "first: Any = 0"),
             "sums of dynamic rows negated": (
-                'store(b["start"], total[0], j, 0, i)',
-                'store(b["start"], 0 - total[0], j, 0, i)',
+                'store(b["start"], total[0], j, 0, column)',
+                'store(b["start"], 0 - total[0], j, 0, column)',
             ),
             "late sums of the first scale": (
-                'self.b["weight_scale"][j, i], total[0]',
-                'self.b["weight_scale"][0, i], total[0]',
+                'self.b["weight_scale"][j, column], total[0]',
+                'self.b["weight_scale"][0, column], total[0]',
             ),
             "the first of even segments": ("segment * p.segments[0]", "0"),
         },
@@ -532,7 +532,7 @@ PREPARE: dict[str, tuple[tuple[int, QuantMatmul], Mutants]] = {
     "border": (
         IMAGE,
         {
-            "sums of weights doubled": ("total[0], j, 0, i)", "2 * total[0], j, 0, i)"),
+            "sums of weights doubled": ("total[0], j, 0, column)", "2 * total[0], j, 0, column)"),
             "bytes turned": ("kk + h, code, 8 * e)", "kk + h, code, 8 * (3 - e))"),
             "a chunk of a tap": ("(chunk - tap * chunks) * CHUNK", "chunk * CHUNK"),
             "values of a lane apart": ("lane % 4 * 4 + e))", "lane % 4 + 4 * e))"),

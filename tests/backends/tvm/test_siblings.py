@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 
 from mpq_compiler.backends.tvm import lowering
-from mpq_compiler.backends.tvm.plan import siblings
+from mpq_compiler.backends.tvm.emit.walk import SelectKernels
+from mpq_compiler.backends.tvm.plan import siblings, stages
 from mpq_compiler.backends.tvm.plan.calls import Call, Lowered
 from mpq_compiler.backends.tvm.plan.verifier import verify
 from mpq_compiler.latency import kernel_schedule
-from mpq_compiler.targets import table as targets
 from tests.harness import packed
 
 FIRST = "mid_block_attentions_0_transformer_blocks_0_attn"
@@ -20,10 +20,8 @@ FIRST = "mid_block_attentions_0_transformer_blocks_0_attn"
 @pytest.fixture(scope="module")
 def plan() -> Lowered:
     """Of a UNet with attention, before its products are joined."""
-    found = lowering.lower(packed.program("sd15", "int4").program, (1, 2), hoisted=False)
-    for stage in lowering.of_target(targets.resolve("cuda-sm90"))[-5:-1]:
-        found = stage.run(found)
-    return found
+    before = [stage for stage in lowering.behind_selection(False, False) if not isinstance(stage, stages.FuseSiblings)]
+    return lowering.run([SelectKernels(packed.program("sd15", "int4").program, (1, 2), ()), *before])
 
 
 def products(plan: Lowered) -> list[Call]:

@@ -47,6 +47,7 @@ from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTabl
 from mpq_compiler.backends.tvm.kernels.problems.float8 import DequantizeFloat8
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import (
+    BLOCK,
     GATED,
     QuantMatmul,
     of_sibling,
@@ -58,8 +59,6 @@ CHUNK, UNIT, STEP = 16, 32, 64
 """Values of k: of a copy, of an instruction, of a step between barriers."""
 CHANNELS = 16
 """Output channels of a fragment: those that share a table."""
-BLOCK = 64
-"""Output channels are padded to multiples of this."""
 
 
 @dataclass(frozen=True)
@@ -173,10 +172,10 @@ def build(problem: QuantMatmul, name: str) -> PrimFunc:
     own = problem.alone
 
     def body(_: object, buffers: Buffers) -> None:
-        kept, values = (workspace(own.outputs * own.reduction, dtype) for dtype in ("uint8", "int8"))
+        spaces = [workspace(own.outputs * own.reduction, dtype) for dtype in ("uint8", "int8")]
         for i in range(problem.products):
             stored = {a.name: buffers.get(of_sibling(a.name, i), buffers[a.name]) for a in stored_arguments(own)}
-            _Prepare(own, {**buffers, **stored}, i * own.outputs).emit(kept, values)
+            _Prepare(own, {**buffers, **stored}, i * own.outputs).emit(spaces)
 
     return primfunc(name, [*inputs, *outputs], body)
 
@@ -190,13 +189,10 @@ class _Prepare:
     def __init__(self, problem: QuantMatmul, buffers: Buffers, first: int) -> None:
         self.p, self.b, self.w, self.first = problem, buffers, Fragments(problem), first
 
-    def emit(self, kept: Buffer, values: Buffer) -> None:
-        """Emits the grids.
-
-        kept:   a byte for each weight, its code or its value
-        values: its value
-        """
-        p, w, self.kept = self.p, self.w, kept
+    def emit(self, spaces: Sequence[Buffer]) -> None:
+        """Emits the grids. spaces: for a byte of each weight, its code or its value, and for its value."""
+        p, w = self.p, self.w
+        self.kept, values = spaces
         with each(p.outputs, 32) as i:
             rows = StoredRows(self.b, (p.outputs, p.reduction), p.bits, p.widths, i)
             place = local(p.entries, "int32") if p.widths and p.bits < 8 else None
@@ -206,10 +202,10 @@ class _Prepare:
                 code = T.bind(codes(k))
                 value = T.bind(self._value(rows, i, code))
                 store(values, T.cast(value, "int8"), i * p.reduction + k)
-                byte = value if p.bits == 8 else code
+                kept = value if p.bits == 8 else code
                 if place is not None:
-                    byte = place[code]
-                store(self.kept, T.cast(byte, "uint8"), i * p.reduction + k)
+                    kept = place[code]
+                store(self.kept, T.cast(kept, "uint8"), i * p.reduction + k)
         if w.looked_up:
             self._tables()
         with each(w.outputs * len(p.segments), 32) as number:
@@ -217,12 +213,12 @@ class _Prepare:
             self._vectors(i, j, values)
         if p.late_zeros:
             with each(w.outputs, 32) as i:
-                total = local(1)
+                total, column = local(1), self.first + i
                 store(total, vmath.f32(0.0, 1), 0)
                 with T.serial(0, len(p.segments)) as j:
-                    own = T.cast(self.b["start"][j, 0, self.first + i], "float32")
-                    store(total, vmath.fma(own, self.b["weight_scale"][j, self.first + i], total[0]), 0)
-                store(self.b["sums"], total[0], self.first + i)
+                    own = T.cast(self.b["start"][j, 0, column], "float32")
+                    store(total, vmath.fma(own, self.b["weight_scale"][j, column], total[0]), 0)
+                store(self.b["sums"], total[0], column)
         with each(w.outputs // CHANNELS * (w.steps * 32), 128) as number:
             fragment, step, lane = unravel(number, w.steps, 32)
             self._fragment(fragment, step, lane)

@@ -16,8 +16,8 @@ MANY_ROWS = 16
 """From so many rows a sample on weights may lie as a matrix engine takes them: for `prepare` all more are as many."""
 GATED = 32
 """Outputs that lie side by side in a product with a gate, those that they are multiplied by behind them."""
-WHOLE = 64
-"""Outputs of products beside one another are multiples of this, so that no weights of none lie between theirs."""
+BLOCK = 64
+"""On GPUs weights of so many outputs lie together, padded; those of siblings need no padding."""
 
 MOST_INTEGERS = (2**31 - 1) // (255 * 128)
 """Products of codes and 16 times integers of 4 bits whose sum does not overflow."""
@@ -109,8 +109,8 @@ class QuantMatmul:
             raise ValueError(f"a sum of {self.reduction} products of codes and 16 times integers overflows")
         if self.gate is not None and self.outputs % (2 * GATED):
             raise ValueError(f"{self.outputs} outputs are no pairs of {GATED}, which a gate joins")
-        if self.siblings and self.outputs % (self.products * WHOLE):
-            raise ValueError(f"{self.outputs} outputs are no {WHOLE} of each of {self.products} products")
+        if self.siblings and self.outputs % (self.products * BLOCK):
+            raise ValueError(f"{self.outputs} outputs are no {BLOCK} of each of {self.products} products")
         if self.siblings and (self.gate or self.into or not all(map(is_plain, self.epilogues))):
             raise ValueError("products beside one another have epilogues without operands, and no gates")
 
