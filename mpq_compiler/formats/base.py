@@ -239,6 +239,18 @@ def row_errors(fit: Fit, weight: Tensor, gram: Tensor | None) -> Tensor:
     return torch.cat([output_error(error, gram) for error in departures(fit, weight)])
 
 
+def errors_of_rows(fits: Sequence[Fit], rows: Tensor, gram: Tensor | None) -> list[Tensor]:
+    """The output errors of each row of several fits of the same rows [O, K], as `row_errors` has them of each.
+
+    Of few rows a gram is read once for as many fits as `contract.TOGETHER` allows.
+    """
+    step = max(1, contract.TOGETHER // rows.numel())
+    if step == 1:
+        return [row_errors(fit, rows, gram) for fit in fits]
+    parts = (torch.stack([fit.dequantize() for fit in fits[i : i + step]]) for i in range(0, len(fits), step))
+    return [error for part in parts for error in output_error(part - rows, gram)]
+
+
 def weighted(rows: Tensor, gram: Tensor | None) -> Tensor:
     """Multiplies rows [..., K] by a gram as in `Format.fit`."""
     if gram is None:

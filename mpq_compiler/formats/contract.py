@@ -116,7 +116,7 @@ def places(values: Tensor) -> Tensor:
     Entries of tables are whole, so that the middle between two is a half, and it is below a value where twice of it is
     below the value's place: of all values of a place the nearest level is the same. i32 0..`PLACES` - 1, as `values`.
     """
-    return (values * 2).ceil_().clamp_(-2 * LUT_MAX, 2 * LUT_MAX + 1).add_(2 * LUT_MAX).to(torch.int32)
+    return (values * 2).ceil_().clamp_(-ZERO_PLACE, ZERO_PLACE + 1).add_(ZERO_PLACE).to(torch.int32)
 
 
 def codes_at_places(lut: Tensor) -> Tensor:
@@ -145,6 +145,9 @@ LUT_MAX = 127
 
 PLACES = 4 * LUT_MAX + 2
 """The number of `places` that values can have among the levels of a table."""
+
+ZERO_PLACE = 2 * LUT_MAX
+"""The place of zero."""
 
 NO_LEVEL = -128
 """The entry that pads a table with fewer levels than another one of the weight; no code refers to it."""

@@ -24,7 +24,7 @@ from mpq_compiler.formats.base import (
     QuantizedWeight,
     departures,
     diagonal,
-    row_errors,
+    errors_of_rows,
     stored_scale,
     stored_type,
 )
@@ -201,11 +201,9 @@ def _best(fits: Sequence[Fit], rows: Tensor, gram: Tensor) -> Fit:
     best, *others = fits
     if not others:
         return best
-    assert isinstance(best, QuantizedWeight)
-    least = row_errors(best, rows, gram)
-    for other in others:
-        assert isinstance(other, QuantizedWeight)
-        error = row_errors(other, rows, gram)
+    least, *errors = errors_of_rows(fits, rows, gram)
+    for other, error in zip(others, errors, strict=True):
+        assert isinstance(best, QuantizedWeight) and isinstance(other, QuantizedWeight)
         better, least = error < least, torch.minimum(error, least)
         rows_better = better[:, None]
         best = replace(

@@ -12,11 +12,12 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpq_compiler.formats import contract
-from mpq_compiler.formats.base import QuantizedWeight, row_errors
+from mpq_compiler.formats.base import QuantizedWeight, errors_of_rows
 from mpq_compiler.ir import scratch
 from mpq_compiler.support.memo import last_result
 
@@ -62,14 +63,13 @@ def gptq_of_formats(
     for (permutation, upper), part in zip(updates, torch.arange(rows.shape[1]).chunk(len(updates)), strict=True):
         _block(every, part[permutation], upper, quantizer, codes)
     made = dict(zip(ranked, codes.chunk(len(fits)), strict=True))
-    return [_better(rows, fit, made[i].to(fit.codes.dtype), gram) for i, fit in enumerate(fits)]
-
-
-def _better(rows: Tensor, nearest: QuantizedWeight, codes: Tensor, gram: Tensor) -> QuantizedWeight:
-    """The fit with other codes in the rows where their output error is smaller."""
-    found = dataclasses.replace(nearest, codes=codes)
-    before, after = (row_errors(fit, rows, gram) for fit in (nearest, found))
-    return dataclasses.replace(nearest, codes=torch.where((after < before)[:, None], codes, nearest.codes))
+    found = [dataclasses.replace(fit, codes=made[i].to(fit.codes.dtype)) for i, fit in enumerate(fits)]
+    errors = zip(errors_of_rows(fits, rows, gram), errors_of_rows(found, rows, gram), strict=True)
+    better = [(after < before)[:, None] for before, after in errors]
+    return [
+        dataclasses.replace(fit, codes=torch.where(rows_better, chosen.codes, fit.codes))
+        for fit, chosen, rows_better in zip(fits, found, better, strict=True)
+    ]
 
 
 def _block(rows: Tensor, columns: Tensor, upper: Tensor, quantizer: _Columns, codes: Tensor) -> None:
@@ -78,18 +78,19 @@ def _block(rows: Tensor, columns: Tensor, upper: Tensor, quantizer: _Columns, co
     The error of a row is ``|e V|^2``, e its departure from the codes. A column adds ``(e_i + sum_j<i e_j U_ji)^2``,
     times a constant, U being V with a diagonal of ones: so each takes up what those before it have left.
     """
-    places, left = columns.tolist(), rows.index_select(1, columns)
+    left = rows.index_select(1, columns)
     for start in range(0, len(columns), BLOCK):
         end = min(start + BLOCK, len(columns))
+        here, carried = columns[start:end], upper[start:end, start:end]
         # columns as rows, which lie in memory one after the other
-        part, given = (x.T.contiguous() for x in (left[:, start:end], rows.index_select(1, columns[start:end])))
-        chosen, carried = torch.empty(part.shape, dtype=codes.dtype), upper[start:end, start:end]
-        for i, place in enumerate(places[start:end]):
-            code, level = quantizer(part[i], place)
-            chosen[i] = code
-            given[i] -= level
+        part, given = (x.T.contiguous() for x in (left[:, start:end], rows.index_select(1, here)))
+        steps, scales = torch.empty_like(part), quantizer.scales(here)
+        # NumPy's view of them: of few rows a step takes the time of its calls, and NumPy's take a third of torch's
+        walked = zip(part.numpy(), scales.numpy(), steps.numpy(), given.numpy(), strict=True)
+        for i, (values, scale, in_steps, departure) in enumerate(walked):
+            departure -= quantizer.level(values, scale, in_steps)
             part[i + 1 :].addr_(carried[i, i + 1 :], given[i])
-        codes[:, columns[start:end]] = chosen.T
+        codes[:, here] = quantizer.codes(steps).T.to(codes.dtype)
         left[:, end:] += given.T @ upper[start:end, end:]
 
 
@@ -116,7 +117,8 @@ def roots(gram: Tensor, order: bool, damping: float) -> list[tuple[Tensor, Tenso
     found = []
     for block in gram if gram.dim() == 3 else gram[None]:
         own = torch.argsort(block.diagonal(), descending=True, stable=True) if order else torch.arange(len(block))
-        lower = cholesky(block[own][:, own].double().flip(0, 1), damping)  # of the last column first: upper, turned
+        turned = own.flip(0)  # the root of the last column first, turned itself, is upper
+        lower = cholesky(block[turned][:, turned].double(), damping)
         found.append((own, scratch.kept(lower.flip(0, 1))))
     return found
 
@@ -127,10 +129,13 @@ def cholesky(gram: Tensor, damping: float) -> Tensor:
     Where inputs hardly vary, rounding errors may make the gram indefinite; the damping then grows until it is definite.
     """
     step = (damping * gram.diagonal().mean()).clamp_min(1e-30)
-    factor, failed = torch.linalg.cholesky_ex(gram + step * torch.eye(len(gram)))
+    damped = gram.clone()
+    damped.diagonal().add_(step)
+    factor, failed = torch.linalg.cholesky_ex(damped)
     while failed and bool(torch.isfinite(step)):
         step = step * 10
-        factor, failed = torch.linalg.cholesky_ex(gram + step * torch.eye(len(gram)))
+        damped.diagonal().copy_(gram.diagonal() + step)
+        factor, failed = torch.linalg.cholesky_ex(damped)
     found: Tensor = factor
     return found
 
@@ -141,32 +146,60 @@ class _Columns:
     def __init__(self, weights: Sequence[QuantizedWeight]) -> None:
         """Takes fits of the same rows, those without tables first; their rows stand one below the other."""
         rows, columns = weights[0].codes.shape
-        scales = [contract.column_scale(w.scale, w.segments, columns).expand(rows, columns) for w in weights]
-        self.scale = scales[0] if len(scales) == 1 else torch.cat(scales)
-        self.offset = torch.cat([torch.zeros(rows) if w.offset is None else w.offset.float() for w in weights])
+        scales = [contract.column_scale(w.scale, w.segments, columns) for w in weights]
+        width = max(scale.shape[1] for scale in scales)
+        self.scale = torch.cat([scale.expand(rows, width) for scale in scales])
+        self.offset = None
+        if any(w.offset is not None for w in weights):
+            self.offset = torch.cat([torch.zeros(rows) if w.offset is None else w.offset.float() for w in weights])
         self.plain = sum(rows for w in weights if w.lut is None)
+        self.entry = np.empty(rows * len(weights), np.float32)
         tables = [(w.lut, contract.row_classes(w.row_class, rows)) for w in weights if w.lut is not None]
         if tables:
             starts = itertools.accumulate((len(lut) for lut, _ in tables), initial=0)
             first = torch.cat([classes + start for (_, classes), start in zip(tables, starts, strict=False)])
             self.first = (first * contract.PLACES).to(torch.int32)
             """Where the places of each row's table begin, i32."""
+            self.zero = (self.first + contract.ZERO_PLACE).float().numpy()
             known = [(lut, contract.codes_at_places(lut)) for lut, _ in tables]
-            self.codes = torch.cat([codes for _, codes in known]).flatten()
-            self.levels = torch.cat([lut.float().gather(1, codes.long()) for lut, codes in known]).flatten()
+            self.known = torch.cat([codes for _, codes in known]).flatten()
+            self.levels = torch.cat([lut.float().gather(1, codes.long()) for lut, codes in known]).flatten().numpy()
 
-    def __call__(self, values: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """The codes [O] nearest to values [O] of a column, and their levels [O]."""
-        scale = self.scale[:, column]
-        t = (values - self.offset) / scale
-        codes, entries = [], []
-        if self.plain:
-            entry = torch.round(t[: self.plain]).clamp(-contract.LUT_MAX, contract.LUT_MAX)
-            codes.append(entry.to(torch.int16))
-            entries.append(entry)
-        if self.plain < len(t):
-            place = contract.places(t[self.plain :]) + self.first
-            codes.append(self.codes.index_select(0, place).to(torch.int16))
-            entries.append(self.levels.index_select(0, place))
-        code, entry = (one[0] if len(one) == 1 else torch.cat(one) for one in (codes, entries))
-        return code, entry * scale + self.offset
+    def scales(self, columns: Tensor) -> Tensor:
+        """The scales of some columns, f32 [columns, O]."""
+        if self.scale.shape[1] == 1:
+            return self.scale.T.expand(len(columns), -1)
+        return self.scale.index_select(1, columns).T.contiguous()
+
+    def level(self, values: np.ndarray, scale: np.ndarray, in_steps: np.ndarray) -> np.ndarray:
+        """The levels nearest to values [O] of a column, until the next call; writes where the values lie, in steps."""
+        offset, plain, entry = self.offset, self.plain, self.entry
+        np.divide(values if offset is None else values - offset.numpy(), scale, out=in_steps)
+        if plain:
+            _whole(in_steps[:plain], np.rint, -contract.LUT_MAX, contract.LUT_MAX, entry[:plain])
+        if plain < len(entry):
+            place = entry[plain:]
+            np.multiply(in_steps[plain:], 2, out=place)
+            _whole(place, np.ceil, -contract.ZERO_PLACE, contract.ZERO_PLACE + 1, place)
+            place += self.zero
+            self.levels.take(place.astype(np.intp), out=place, mode="clip")
+        entry *= scale
+        if offset is not None:
+            entry += offset.numpy()
+        return entry
+
+    def codes(self, in_steps: Tensor) -> Tensor:
+        """The codes [columns, O] of what `level` has written."""
+        plain, tabled = in_steps[:, : self.plain], in_steps[:, self.plain :]
+        found = [torch.round(plain).clamp_(-contract.LUT_MAX, contract.LUT_MAX).to(torch.int16)]
+        if tabled.shape[1]:
+            place = contract.places(tabled) + self.first
+            found.append(self.known.index_select(0, place.flatten()).view(place.shape).to(torch.int16))
+        return torch.cat(found, 1)
+
+
+def _whole(values: np.ndarray, rounded: np.ufunc, least: int, most: int, out: np.ndarray) -> None:
+    """Writes rounded values, none below the least or above the most."""
+    rounded(values, out=out)
+    np.maximum(out, least, out=out)
+    np.minimum(out, most, out=out)
