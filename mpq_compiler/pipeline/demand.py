@@ -127,8 +127,8 @@ TRIAL = 100
 """Bytes of traffic that stand for a number of a weight being quantized and compared."""
 F64 = 2
 """How much longer a product takes in f64."""
-CALLS_OF_COLUMN = 8
-"""Operators that GPTQ calls for a column of a weight in a walk over them."""
+CALLS_OF_COLUMN = 2.5
+"""Calls of operators whose time GPTQ takes for a column of a weight in a walk over them, few rows of all formats."""
 CALLS_OF_SEARCH = 400
 """Operators that are called to search the step of an entropy-coded weight."""
 

@@ -59,7 +59,15 @@ def recorded(name: str, records: list[Record], progress: Progress | None = None)
     with PeakMemory() as memory, tracked(progress, name, 1) as advance:
         yield
         advance(1)
-    records.append(Record(name, time.perf_counter() - start, cpu_seconds() - cpu, memory.take()))
+    records.append(_record(name, start, cpu, memory))
+
+
+def _record(name: str, start: float, cpu: float, memory: PeakMemory) -> Record:
+    """The record of a step that is done; what the C library keeps behind a long one goes back."""
+    taken = time.perf_counter() - start
+    if taken > LONG:
+        trim()
+    return Record(name, taken, cpu_seconds() - cpu, memory.take())
 
 
 def run_pipeline(
@@ -99,10 +107,7 @@ def run_pipeline(
                 before, program = program, p.run(program, session)
                 verify(program, after=p.name())
                 advance(1)
-            taken = time.perf_counter() - start
-            if taken > LONG:
-                trim()
-            records.append(Record(p.name(), taken, cpu_seconds() - cpu, memory.take()))
+            records.append(_record(p.name(), start, cpu, memory))
             for instrument in instruments:
                 instrument(index, p, before, program)
     return program, records
