@@ -130,14 +130,13 @@ def cholesky(gram: Tensor, damping: float) -> Tensor:
     """
     step = (damping * gram.diagonal().mean()).clamp_min(1e-30)
     damped = gram.clone()
-    damped.diagonal().add_(step)
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    while failed and bool(torch.isfinite(step)):
-        step = step * 10
+    while True:
         damped.diagonal().copy_(gram.diagonal() + step)
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(damped)
-    found: Tensor = factor
-    return found
+        if not failed or not bool(torch.isfinite(step)):
+            return factor
+        step = step * 10
 
 
 class _Columns:
