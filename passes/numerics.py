@@ -1,4 +1,4 @@
-"""Chooses bfloat16 or 8 bits for attentions, and bfloat16 for float layers, where the plan stays as good."""
+"""Chooses what attentions and float layers compute in, and what is stored between, where the plan stays as good."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
 from mpq_compiler import formats
@@ -16,9 +17,9 @@ from mpq_compiler.analysis.noise_power import input_weights, mean_power, measure
 from mpq_compiler.analysis.perturbation import Ablation
 from mpq_compiler.ir import costs, ops, provenance
 from mpq_compiler.ir.edges import attention_arguments, input_edge
-from mpq_compiler.ir.findings import ALLOCATION, ATTENTION_NUMERICS
+from mpq_compiler.ir.findings import ALLOCATION, ATTENTION_NUMERICS, STORED_HALVES
 from mpq_compiler.ir.graph import function_of, operand, softmax
-from mpq_compiler.ir.interpreter import run, shapes
+from mpq_compiler.ir.interpreter import Interpreter, run, shapes
 from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.options import make
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
@@ -27,7 +28,7 @@ from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from mpq_compiler.support.execution import batches
-from mpq_compiler.targets.numerics import BF16, F32, INT8, NUMERICS
+from mpq_compiler.targets.numerics import BF16, F16, F32, INT8, LARGEST_HALF, NUMERICS
 
 TIME = {F32: 1.0, BF16: 0.57, INT8: 0.42}
 """The time of an attention relative to float32: medians over the shapes of benchmarks/results/attention.json, Zen 5.
@@ -51,6 +52,9 @@ class Numerics(Pass):
     finds the fastest choice within it. `insert-fake-quant` writes it into the graph. 8 bits are those of SageAttention
     (arXiv 2410.02367); their meaning is in `ops.fast_attention`.
 
+    Before that, where the target can store as float16 what its kernels hand on, all values are rounded so: if the noise
+    is within that share, the artifact does it wherever no kernel needs more, and the others have what is left.
+
         %mid_block_attentions_0_scaled_dot_product_attention = mpq::attention(...)  f32[B,64,64]
       =>
         %mid_block_attentions_0_scaled_dot_product_attention = mpq::attention(...)  f32[B,64,64] ... numerics int8
@@ -66,8 +70,8 @@ class Numerics(Pass):
     """portable: float32, the same bits on every CPU target; fast: what the target computes fastest."""
     noise: float = 0.05
     """Share of the plan's noise power that all choices together may add."""
-    kinds: tuple[str, ...] = (BF16, INT8)
-    """Candidates besides float32. 8 bits are for attentions only."""
+    kinds: tuple[str, ...] = (BF16, INT8, F16)
+    """Candidates besides float32. 8 bits are for attentions only, f16 for what is stored between kernels."""
     inputs: int = 4
     """Calibration inputs on which the output is compared."""
 
@@ -75,8 +79,8 @@ class Numerics(Pass):
         self.require("noise", 0)
         self.require("inputs", 1)
         for kind in self.kinds:
-            if kind not in NUMERICS:
-                raise UserError(f"option 'kinds' of pass 'numerics' must be of {', '.join(NUMERICS)}, not '{kind}'")
+            if kind not in (known := (*NUMERICS, F16)):
+                raise UserError(f"option 'kinds' of pass 'numerics' must be of {', '.join(known)}, not '{kind}'")
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
@@ -88,27 +92,43 @@ class Numerics(Pass):
         calls = [*attentions, *(_float_layers(program) if BF16 in kinds else ())]
         if not kinds:
             program.note("numerics=fast changes nothing: the target has no kernels in bfloat16 or 8 bits")
-        if not kinds or not calls:
+        if not kinds or not (calls or F16 in kinds):
             return program
-        calibration = program.facts[CALIBRATION]
-        measured = _Measured(self, program, calibration.select(self.inputs), session)
-        most = self.noise * measured.of_plan()
+        measured = _Measured(self, program, session)
+        most = left = self.noise * measured.of_plan()
+        if F16 in kinds:
+            power = measured.of_halves()
+            halves = program.facts[STORED_HALVES] = power <= most
+            left -= power if halves else 0.0
+            provenance.note(program, provenance.PROGRAM, self.name(), halves=power)
+            program.note(f"numerics=fast: {_said_of_halves(power, most)}")
         of_call = {n.name: [k for k in kinds if k in _times(n)] for n in calls}
+        calls = [n for n in calls if of_call[n.name]]
+        if not calls:
+            return program
         quickest = {n.name: min(of_call[n.name], key=_times(n).__getitem__) for n in calls}
         losses = measured.of_calls([(n, quickest[n.name]) for n in calls])
-        if sum(found[quickest[name]] for name, found in losses.items()) <= most:
+        if sum(found[quickest[name]] for name, found in losses.items()) <= left:
             choices = dict(quickest)
         else:
             others = [(n, kind) for n in calls for kind in of_call[n.name] if kind != quickest[n.name]]
             for name, found in measured.of_calls(others).items():
                 losses[name] = found | losses[name]
-            choices = _fastest(program, calls, losses, most)
+            choices = _fastest(program, calls, losses, left)
         chosen = {name: kind for name, kind in choices.items() if kind != F32}
         program.facts[ATTENTION_NUMERICS] = chosen
         provenance.note(program, provenance.PROGRAM, self.name(), most=most, losses=losses, chosen=chosen)
-        said = _summary(attentions, choices, kinds)
+        said = _summary(attentions, choices, [kind for kind in kinds if kind != F16])
         program.note(f"numerics=fast: {said}; other targets than this one give other bits")
         return program
+
+
+def _said_of_halves(power: float, most: float) -> str:
+    """What was found of storing as float16 what kernels hand on, in words."""
+    share = f"adds {power:.1e} to the output's noise, and may add {most:.1e}"
+    if power <= most:
+        return f"what kernels hand on is stored in f16, which {share}"
+    return f"what kernels hand on stays in f32: f16 {share}"
 
 
 def _summary(attentions: list[fx.Node], choices: dict[str, str], kinds: list[str]) -> str:
@@ -139,9 +159,11 @@ def _times(node: fx.Node) -> dict[str, float]:
 class _Measured:
     """Measures relative noise powers of a program, means over ``inputs`` as `sensitivity` has them, and caches them."""
 
-    def __init__(self, options: Numerics, program: Program, inputs: dict[str, Tensor], session: Session) -> None:
+    def __init__(self, options: Numerics, program: Program, session: Session) -> None:
         self.program, self.session = program, session
-        self.parts = list(batches(inputs, 1))
+        calibration = program.facts[CALIBRATION]
+        inputs = calibration.select(options.inputs)
+        self.parts, self.expected = list(batches(inputs, 1)), calibration.select_outputs(options.inputs).split(1)
         self.sizes = [float(input_weights(program, part).sum()) for part in self.parts]
         plan = str((sorted(program.weights.items()), sorted(program.activations.items())))
         tables = {n: program.tensors[n] for a in program.activations.values() for n in (a.scale, a.zero_point) if n}
@@ -158,6 +180,17 @@ class _Measured:
             powers = [noise_power(run(quantized, batch), run(self.program, batch)) for batch in self.parts]
             self.results[PLAN] = mean_power(powers, self.sizes)
         return float(self.results[PLAN])
+
+    def of_halves(self) -> float:
+        """The noise power with every value stored as the nearest float16."""
+        powers = []
+        for number, (part, expected) in enumerate(zip(self.parts, self.expected, strict=True)):
+            key = f"{F16} part {number}"
+            if key not in self.results:
+                with torch.no_grad():
+                    self.results[key] = rounded(noise_power(_Halves(self.program).run(part), expected))
+            powers.append(self.results[key])
+        return mean_power(powers, self.sizes)
 
     def of_calls(self, tasks: list[tuple[fx.Node, str]]) -> dict[str, dict[str, float]]:
         """The noise powers with one call at a time in other numerics, by call and numerics."""
@@ -191,6 +224,17 @@ class _Measured:
                 advance(1)
 
         self.session.map(measure, tasks)
+
+
+class _Halves(Interpreter):
+    """Runs a program all of whose values are stored as kernels that may store halves do: more often than they will."""
+
+    def call(self, node: fx.Node, args: object, kwargs: object) -> object:
+        """Calls a node's operator, and stores its result."""
+        value = super().call(node, args, kwargs)
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() <= 2:
+            return value
+        return value.clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
 
 
 def _key(node: fx.Node, kind: str, part: int) -> str:

@@ -28,7 +28,7 @@ def behind_selection(hoisted: bool = True, decoded: bool = True) -> list[Stage]:
     chosen.append(plan_stages.ConcatenateInPlace())
     if not decoded:
         chosen += [plan_stages.FuseGates(), plan_stages.DecodeByShifts(), plan_stages.FuseDequantization()]
-        chosen += [plan_stages.RoundWhereMade(), plan_stages.FuseSiblings()]
+        chosen += [plan_stages.RoundWhereMade(), plan_stages.FuseSiblings(), plan_stages.StoreHalves()]
     return chosen
 
 

@@ -12,6 +12,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.cpu import templates as cpu
 from mpq_compiler.backends.tvm.kernels.cpu.isa import isa
+from mpq_compiler.backends.tvm.kernels.cuda import half
 from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
 from mpq_compiler.backends.tvm.kernels.problems import (
     attention,
@@ -72,7 +73,9 @@ def arguments(kernel: Kernel, target: Target) -> tuple[list[Argument], list[Argu
     problem = resolve(kernel.problem)
     if target.is_cuda:
         on_gpu = _on_gpu(kernel)
-        buffers, count, workspaces = on_gpu.arguments(problem), on_gpu.outputs(problem), on_gpu.workspaces(problem)
+        with half.arguments(kernel.halves):
+            buffers = half.stored(on_gpu.arguments(problem))
+        count, workspaces = on_gpu.outputs(problem), on_gpu.workspaces(problem)
     else:
         on_cpu, lanes = cpu.TEMPLATES[kernel.template], isa(target.name)
         buffers, count, workspaces = on_cpu.arguments(problem, lanes), on_cpu.outputs(problem, lanes), []
@@ -85,8 +88,9 @@ def build(kernel: Kernel, target: Target) -> PrimFunc:
     if not target.is_cuda:
         return cpu.TEMPLATES[kernel.template].build(problem, isa(target.name), kernel.name)
     own = _on_gpu(kernel)
-    hopper = own.hopper(problem, kernel.name) if target.levels == [nvidia.HOPPER] else None
-    return hopper or own.build(problem, kernel.name)
+    with half.arguments(kernel.halves):
+        hopper = own.hopper(problem, kernel.name) if target.levels == [nvidia.HOPPER] else None
+        return hopper or own.build(problem, kernel.name)
 
 
 def _on_gpu(kernel: Kernel) -> cuda.Template:

@@ -35,7 +35,7 @@ from mpq_compiler.support.errors import UserError
 from tests.harness.cuda import recorder
 
 ROOT = Path(__file__).resolve().parents[2]
-TESTS = ("test_gemm.py", "test_kernels.py", "test_fast_attention.py", "test_rounding.py")
+TESTS = ("test_gemm.py", "test_kernels.py", "test_fast_attention.py", "test_rounding.py", "test_halves.py")
 PYTHONS = ("3.11", "3.12")
 NO_HEADERS = shutil.ignore_patterns("__pycache__", "include", "share", "3rdparty", "licenses", "*.pyi", "cmake")
 MOST = 40 << 20

@@ -47,7 +47,7 @@ def add(commands: options.Commands) -> None:
         "--numerics",
         choices=("portable", "fast"),
         help="portable: the same bits on every CPU target (default on CPUs); fast: attentions in bfloat16 and in 8 "
-        "bits too, float layers in bfloat16 (default on GPUs)",
+        "bits too, float layers in bfloat16, values between kernels of GPUs in float16 (default on GPUs)",
     )
     parser.add_argument(
         "--tune", action="store_true",
@@ -283,6 +283,7 @@ def _numerics(about: dict[str, Any]) -> str:
     for what in ("attentions", "layers"):
         counts = collections.Counter(about[what].values())
         found += [f"{count} {what} in {kind}" for kind, count in sorted(counts.items())]
+    found += ["f16 between kernels"] if about["halves"] else []
     return ", ".join(found)
 
 

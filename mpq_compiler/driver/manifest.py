@@ -22,7 +22,7 @@ from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs, device, printer, provenance, reuse, rewrites
 from mpq_compiler.ir.edges import input_edge
-from mpq_compiler.ir.findings import ALLOCATION, ASSUMPTIONS, ATTENTION_NUMERICS, NO_LOSSES, SENSITIVITY
+from mpq_compiler.ir.findings import ALLOCATION, ASSUMPTIONS, ATTENTION_NUMERICS, NO_LOSSES, SENSITIVITY, STORED_HALVES
 from mpq_compiler.ir.program import PARAMETERS, TIME_GROUPS, Program
 from mpq_compiler.ir.specialization import kind_name
 from mpq_compiler.latency import kernel_schedule
@@ -46,7 +46,8 @@ def numerics_choices(planned: Program) -> dict[str, dict[str, str]]:
 
 def numerics_of(program: Program) -> str:
     """The numerics mode that the program needs, "fast" or "portable", whatever was allowed."""
-    return "fast" if program.facts.get(ATTENTION_NUMERICS) else "portable"
+    chosen = program.facts.get(ATTENTION_NUMERICS) or program.facts.get(STORED_HALVES)
+    return "fast" if chosen else "portable"
 
 
 def describe(

@@ -68,7 +68,8 @@ class Options:
     plan: str | Path | None = None
     """A plan that `mpqc allocate -o` wrote, in place of budgets and of measuring what they need."""
     numerics: str | None = None
-    """The numerics mode: "portable" has equal bits on every CPU target, "fast" adds bfloat16 and 8-bit attentions.
+    """The numerics mode: "portable" has equal bits on every CPU target, "fast" adds bfloat16 and 8-bit attentions,
+    and on GPUs values between kernels in half precision.
 
     None takes the recipe's or, where it states none, portable on CPUs and fast on GPUs. A pipeline by hand is taken as
     it stands.

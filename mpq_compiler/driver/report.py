@@ -13,7 +13,7 @@ from mpq_compiler.driver.options import Options
 from mpq_compiler.frontend import calibration_file
 from mpq_compiler.frontend.denoiser import Denoiser
 from mpq_compiler.ir import costs
-from mpq_compiler.ir.findings import ALLOCATION, LATENCY, ReusePlan
+from mpq_compiler.ir.findings import ALLOCATION, LATENCY, STORED_HALVES, ReusePlan
 from mpq_compiler.ir.program import NOTES, PARAMETERS, Program
 from mpq_compiler.ir.reuse import REUSE
 from mpq_compiler.latency.candidates import Latency
@@ -138,7 +138,11 @@ def report(
         training=list(program.facts.get(TRAINING, ())),
         additivity=program.facts.get(ALLOCATION, {}).get("additivity"),
         reuse=program.facts.get(ALLOCATION, {}).get("reuse"),
-        numerics={"mode": numerics_of(program), **numerics_choices(planned)},
+        numerics={
+            "mode": numerics_of(program),
+            **numerics_choices(planned),
+            "halves": planned.facts.get(STORED_HALVES, False),
+        },
         fallbacks=dict(program.fallbacks),
         calls=judged.calls,
         notes=[*_notes(denoiser, lowering, built, options), *judged.notes],

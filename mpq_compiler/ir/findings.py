@@ -100,6 +100,8 @@ LATENCY = Fact[dict[str, float | None]]("latency")
 that computes all, ``fixed_ms`` of that, and ``budget_ms`` if there is one."""
 ATTENTION_NUMERICS = Fact[dict[str, str]]("numerics")
 """The numerics of attentions that are not computed in f32, by call node."""
+STORED_HALVES = Fact[bool]("halves")
+"""Whether what kernels hand on may be stored as the nearest float16."""
 ASSUMPTIONS = Fact[tuple[dict[str, Any], ...]]("assumptions")
 """The tokens that are assumed: ``input``, ``token`` and its ``values``. The artifact's manifest repeats them, and the
 runtime checks every call."""

@@ -1,4 +1,4 @@
-"""The numerics of attentions: constants that their reference meaning (`ir.ops`) and their kernels share.
+"""The numerics of what stays float: constants that their reference meaning (`ir.ops`) and their kernels share.
 
 Nothing here imports torch or TVM.
 """
@@ -8,6 +8,10 @@ from __future__ import annotations
 F32, BF16, INT8 = "f32", "bf16", "int8"
 NUMERICS = (F32, BF16, INT8)
 """How an attention computes: all in float32, its products in bfloat16, or its products on 8-bit codes."""
+F16 = "f16"
+"""How GPUs may store what kernels hand on: as the nearest float16. All is computed in `NUMERICS`."""
+LARGEST_HALF = 65504.0
+"""The largest float16, which is stored for what is beyond it."""
 
 BOUNDS = {F32: 1e-5, BF16: 1e-2, INT8: 1e-6}
 """Largest allowed error ``max|y - y'| / max|y'|`` of a kernel against the reference meaning in the same numerics."""

@@ -15,7 +15,7 @@ from typing import Any
 from mpq_compiler.support import plugins
 from mpq_compiler.support.errors import UserError, nearest
 from mpq_compiler.targets import nvidia, streaming, tiles
-from mpq_compiler.targets.numerics import BF16, INT8, features_of
+from mpq_compiler.targets.numerics import BF16, F16, INT8, features_of
 
 # Flags as /proc/cpuinfo spells them. LLVM may use every instruction of the level named by `mcpu`, not only
 # those our kernels ask for, so a target needs the whole level (x86-64 psABI).
@@ -42,7 +42,8 @@ class Target:
             lists the compute capabilities that it has code for; a GPU needs one of them (`nvidia`).
         tvm: the dictionary for `tvm.target.Target`; empty where TVM takes no part.
         status: where its kernels have run, if not on silicon.
-        numerics: numerics besides float32 that its attentions can have under ``--numerics fast`` (`targets.numerics`).
+        numerics: besides float32, of its attentions, float layers and what lies between kernels, under ``--numerics
+            fast`` (`targets.numerics`).
         cuda: the oldest release of CUDA that the GPU's driver may support, as drivers count: 12060 for 12.6.
     """
 
@@ -140,7 +141,7 @@ def _cuda(name: str, arch: str, *levels: int, release: int = nvidia.CUDA_13) -> 
     features = tuple(map(nvidia.feature, levels))
     on_silicon = (name, release) == (f"cuda-sm{nvidia.HOPPER}", nvidia.CUDA_13)
     status = "run on an H200" if on_silicon else "run on an emulator, never on silicon"
-    return Target(name, arch, "cuda", "tvm", features, options, status, (BF16,), release)
+    return Target(name, arch, "cuda", "tvm", features, options, status, (BF16, F16), release)
 
 
 def _single(name: str, *levels: int, release: int = nvidia.CUDA_13) -> Iterator[Target]:

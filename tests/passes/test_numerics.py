@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import fx
 
 from mpq_compiler.analysis.time_weights import TIME_GAINS
 from mpq_compiler.driver import resolve
 from mpq_compiler.driver.options import Options
 from mpq_compiler.ir import ops, printer
 from mpq_compiler.ir.exact_interpreter import run_exact
-from mpq_compiler.ir.findings import ATTENTION_NUMERICS
+from mpq_compiler.ir.findings import ATTENTION_NUMERICS, STORED_HALVES
+from mpq_compiler.ir.graph import function_of
 from mpq_compiler.ir.interpreter import run
-from mpq_compiler.ir.program import NOTES
+from mpq_compiler.ir.program import NOTES, Program
 from mpq_compiler.ir.provenance import DECISIONS
 from mpq_compiler.passes import numerics
 from mpq_compiler.passes.numerics import Numerics
@@ -22,8 +24,9 @@ from mpq_compiler.pipeline import parser
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support.errors import UserError
+from mpq_compiler.support.execution import batches
 from mpq_compiler.targets import table as targets
-from mpq_compiler.targets.numerics import BF16, INT8
+from mpq_compiler.targets.numerics import BF16, F16, INT8
 from tests.harness import programs
 
 MODEL = "unet2d"
@@ -84,7 +87,7 @@ def test_inputs_count_by_their_gains() -> None:
     for gains in ([(0, 1.0), (999, 1.0)], [(0, 1e6), (999, 1e-6)]):
         program = planned.fork()
         program.facts[TIME_GAINS] = gains
-        measured = numerics._Measured(Numerics(inputs=3), program, inputs, Session())
+        measured = numerics._Measured(Numerics(inputs=3), program, Session())
         said.append(measured.of_calls([(program.node(node.name), INT8)])[node.name][INT8])
         alone = [measured.results[numerics._key(node, INT8, part)] for part in range(3)]
     first = alone[int(inputs["timestep"].argmin())]
@@ -94,6 +97,63 @@ def test_inputs_count_by_their_gains() -> None:
 def test_a_target_without_kernels_says_so() -> None:
     chosen, _, notes = _after(Numerics(mode="fast"), ())
     assert not chosen and "the target has no kernels in bfloat16 or 8 bits" in notes[-1]
+
+
+def test_halves_are_stored_where_they_cost_little() -> None:
+    planned = programs.step(MODEL, "numerics", programs.FAST).before
+    found = {}
+    for noise in (0.05, 1e-9):
+        program = Numerics(mode="fast", inputs=3, noise=noise).run(planned, Session(numerics=(F16,)))
+        said = program.facts[DECISIONS][""]["numerics"]
+        assert "losses" not in said and not program.facts[ATTENTION_NUMERICS]
+        found[program.facts[STORED_HALVES]] = said["halves"], program.facts[NOTES][-1]
+    assert found[True][0] == found[False][0] == pytest.approx(_halves(planned), rel=1e-4) and 0 < found[True][0] < 1e-5
+    assert "what kernels hand on is stored in f16" in found[True][1] and "stays in f32" in found[False][1]
+
+
+def _halves(program: Program) -> float:
+    """The noise of the output with every value that has rows rounded to f16, by torch alone."""
+    powers = []
+    for x in batches(program.facts[CALIBRATION].select(3), 1):
+        env = {}
+        for node in program.graph.nodes:
+            if node.op == "placeholder":
+                env[node] = x[node.name]
+            elif node.op == "get_attr":
+                env[node] = program.tensors.read(str(node.target), "cpu")
+            elif node.op == "output":
+                y, exact = env[node.args[0]].double(), run(program, x).double()
+                powers.append(float((y - exact).square().sum() / exact.square().sum()))
+            else:
+                value = function_of(node)(*fx.map_arg(node.args, env.get), **fx.map_arg(node.kwargs, env.get))
+                rows = isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 2
+                env[node] = value.half().float() if rows else value
+    return sum(powers) / len(powers)
+
+
+def test_what_is_beyond_a_half_counts_as_it_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clipped: with a largest number of 1 the output is another."""
+    monkeypatch.setattr(numerics, "LARGEST_HALF", 1.0)
+    planned = programs.step(MODEL, "numerics", programs.FAST).before
+    program = Numerics(mode="fast", inputs=2).run(planned, Session(numerics=(F16,), cache=tmp_path))
+    assert not program.facts[STORED_HALVES] and program.facts[DECISIONS][""]["numerics"]["halves"] > 0.01
+
+
+def test_halves_leave_the_rest_of_the_noise_to_the_others() -> None:
+    """With room for halves alone all attentions stay in float32."""
+    planned = programs.step(MODEL, "numerics", programs.FAST).before
+    session = Session(numerics=(BF16, F16))
+    whole = Numerics(mode="fast", inputs=3).run(planned, session).facts[DECISIONS][""]["numerics"]
+    share = 0.05 * whole["halves"] / whole["most"]
+    program = Numerics(mode="fast", inputs=3, noise=1.0001 * share).run(planned, session)
+    assert program.facts[STORED_HALVES] and not program.facts[ATTENTION_NUMERICS]
+
+
+def test_cpus_store_no_halves() -> None:
+    planned = programs.step(MODEL, "numerics", programs.FAST).before
+    for target in ("x86-64-avx512vnni", "x86-64-amx", "cuda-sm90"):
+        program = Numerics(mode="fast", inputs=2).run(planned, Session(numerics=targets.numerics_of(target)))
+        assert program.facts.get(STORED_HALVES) == (True if target == "cuda-sm90" else None)
 
 
 FLOAT8 = programs.FAST.replace("uniform=int8", "uniform=fp8")

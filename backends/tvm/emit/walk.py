@@ -23,6 +23,7 @@ from mpq_compiler.backends.tvm.emit.emitter import Emitter, Epilogue, Preparatio
 from mpq_compiler.backends.tvm.plan.calls import BATCH, Function, Lowered, Value, needed
 from mpq_compiler.ir import ops, stored_tensors
 from mpq_compiler.ir.aten import MOVEMENT, aten, is_pointwise
+from mpq_compiler.ir.findings import STORED_HALVES
 from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.program import Program
 from mpq_compiler.ir.specialization import Specialization
@@ -114,7 +115,8 @@ class SelectKernels(LoweringStage[Lowered]):
         functions += [_function(o.program, o.batches, preparation, f"_{o.name}") for o in self.others]
         stored = tuple(Value(name, t.array.shape, str(t.array.dtype)) for name, t in tensors.items())
         integers = frozenset(name for name, each in tensors.items() if _holds_integers(each.array))
-        return Lowered(stored, tuple(preparation.calls), (), tuple(functions), integers).linked()
+        halves = self.program.facts.get(STORED_HALVES, False)
+        return Lowered(stored, tuple(preparation.calls), (), tuple(functions), integers, halves).linked()
 
 
 def _holds_integers(table: np.ndarray) -> bool:

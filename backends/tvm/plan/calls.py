@@ -54,10 +54,14 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel: its template (a key of `TEMPLATES` of the device) and its problem. Equal kernels are compiled once."""
+    """A kernel: its template (a key of `TEMPLATES` of the device) and its problem. Equal kernels are compiled once.
+
+    halves: its arguments that are in half precision where the problem has them in float32 (on GPUs alone)
+    """
 
     template: str
     problem: Record
+    halves: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -73,7 +77,8 @@ class Kernel:
         return features_of(self.numerics, arch)
 
     def __str__(self) -> str:
-        return f"{self.template} {self.problem}"
+        halves = f" halves [{', '.join(self.halves)}]" if self.halves else ""
+        return f"{self.template} {self.problem}{halves}"
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,7 @@ class Lowered:
 
     prepared: names of the values that a function reads and `prepare` makes or hands on
     integers: names of stored tables of 16 entries that hold -8 to 7
+    halves:   whether what kernels hand on may be in half precision
     """
 
     stored: tuple[Value, ...] = ()
@@ -205,6 +211,7 @@ class Lowered:
     prepared: tuple[str, ...] = ()
     functions: tuple[Function, ...] = ()
     integers: frozenset[str] = frozenset()
+    halves: bool = False
 
     def kernels(self) -> dict[Kernel, str]:
         """The kernels, each with the node that asks for it first."""

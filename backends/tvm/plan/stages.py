@@ -1,7 +1,8 @@
 """The stages behind the selection of kernels: each turns the plan into one of fewer or cheaper calls, bit for bit.
 
-A value that others read keeps its name, so that plans can be compared value by value. The rules are in `fuse`, `hoist`,
-`gates`, `integers`, `rounding`, `siblings` and `weight_only`; a stage applies one of them to a whole plan.
+All but `StoreHalves`, of which the pass `numerics` has measured that it may. A value that others read keeps its name,
+so that plans can be compared value by value. The rules are in `fuse`, `hoist`, `gates`, `halves`, `integers`,
+`rounding`, `siblings` and `weight_only`; a stage applies one of them to a whole plan.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import ClassVar
 
-from mpq_compiler.backends.tvm.plan import fuse, gates, hoist, integers, rounding, siblings, weight_only
+from mpq_compiler.backends.tvm.plan import fuse, gates, halves, hoist, integers, rounding, siblings, weight_only
 from mpq_compiler.backends.tvm.plan.calls import Call, Function, Lowered, needed
+from mpq_compiler.pipeline.passes import Contract
 from mpq_compiler.pipeline.stages import LoweringStage
 
 
@@ -123,6 +126,15 @@ class RoundWhereMade(_FunctionStage):
 
     def changed(self, function: Function) -> Function:
         return rounding.round_where_made(function)
+
+
+class StoreHalves(LoweringStage[Lowered]):
+    """What kernels hand on is stored in half precision, where all that make and read it can."""
+
+    contract: ClassVar[Contract] = Contract.SIMULATION
+
+    def run(self, plan: Lowered) -> Lowered:
+        return replace(plan, functions=tuple(map(halves.store_halves, plan.functions))) if plan.halves else plan
 
 
 class FuseSiblings(LoweringStage[Lowered]):

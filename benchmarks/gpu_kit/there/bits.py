@@ -20,8 +20,10 @@ from . import machine
 
 PATIENCE = 60
 """Seconds that a library may take: a kernel may never end."""
-STORED, NEXT = np.dtype(np.uint16), 2.0**-7
-"""What bfloat16 is stored as, and how far the next one of the largest is from it."""
+STORED = np.dtype(np.uint16)
+"""What bfloat16 is stored as."""
+NEXT = {STORED: 2.0**-7, np.dtype(np.float16): 2.0**-10}
+"""How far from the largest value the next one is, by what sums are rounded to where they are stored."""
 
 
 def fitting() -> list[Path]:
@@ -125,7 +127,7 @@ def _bytes(array: np.ndarray) -> np.ndarray:
 
 def _bound(off: float, results: list[np.ndarray]) -> float:
     """How far results may be off, by how far sums may be: what is rounded of these may fall to the other side."""
-    return max(off, NEXT) if off and any(array.dtype == STORED for array in results) else off
+    return max([off, *(NEXT.get(array.dtype, 0.0) for array in results)]) if off else off
 
 
 def _error(found: np.ndarray, expected: np.ndarray) -> float:

@@ -24,6 +24,7 @@ from mpq_compiler.backends.tvm.plan import stages
 from mpq_compiler.backends.tvm.plan.weight_only import keep_codes
 from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.cli import mpqc as cli_mpqc
+from mpq_compiler.ir.findings import STORED_HALVES
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import BF16, BOUNDS
@@ -115,6 +116,22 @@ def test_gates_integers_and_siblings_change_no_bit(home, monkeypatch, tmp_path):
         path = packed.write(tmp_path / f"{name}.mpq", case.program, target, built)
         found += execute(path, [_arrays(inputs)], MPQ_EMULATED_SM="90")[0]
     np.testing.assert_array_equal(found[0].view(np.uint32), found[1].view(np.uint32))
+
+
+def test_halves_between_kernels_cost_little(home, monkeypatch, tmp_path):
+    """As near to the float model as without: codes behind them may fall to the other side, which is no more noise."""
+    for variable, value in home.items():
+        monkeypatch.setenv(variable, value)
+    case, target = packed.program("sd15", "int4"), silicon.target() if silicon.asked() else targets.resolve("cuda-sm90")
+    inputs, found = packed.take(case.inputs, slice(8)), []
+    for stored in (False, True):
+        program = case.program.fork()
+        program.facts[STORED_HALVES] = stored
+        built = build(program, target, (2,), jobs=2, cache=tmp_path)
+        path = packed.write(tmp_path / f"{stored}.mpq", program, target, built)
+        found += execute(path, [_arrays(inputs)], MPQ_EMULATED_SM="90")[0]
+    floats, halves = (packed.sqnr_db(torch.from_numpy(y), case.denoiser(**inputs)) for y in found)
+    assert not np.array_equal(*found) and abs(halves - floats) <= 0.1, (halves, floats)
 
 
 def _arrays(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

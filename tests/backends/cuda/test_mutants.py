@@ -275,7 +275,7 @@ HOPPER_WEIGHT_ONLY: Mutants = {
     "codes of the first lane": ("place * self.count + word]", "place // 2 * self.count + word]"),
 }
 NORMS: Mutants = {
-    "no mean": ("else x[sample, row, c] - mean", "else x[sample, row, c]"),
+    "no mean": ("else value_of(x, sample, row, c) - mean", "else value_of(x, sample, row, c)"),
     "no epsilon": (
         "rstd = keep(vmath.rsqrt(mul(squares, inverse) + f32(problem.eps, 1)))",
         "rstd = keep(vmath.rsqrt(mul(squares, inverse)))",
@@ -372,7 +372,7 @@ PADDED_ROUNDING: Mutants = {
     "no zero behind a row": ("tirx.Select(column < p.width", "tirx.Select(column <= p.width"),
     "a zero too many": ("tirx.Select(column < p.width", "tirx.Select(column < p.width - 1"),
     "zeros are ones": ("value, vmath.f32(0.0, 1))", "value, vmath.f32(1.0, 1))"),
-    "the row before": ("x[row * p.width", "x[T.max(row - 1, 0) * p.width"),
+    "the row before": ("value_of(x, row * p.width", "value_of(x, T.max(row - 1, 0) * p.width"),
     "the first column": ("T.min(column, p.width - 1)", "T.min(column, 0)"),
     "a value too few": ("(p.rows * p.pitch)) as i", "(p.rows * p.pitch) - 1) as i"),
     "a value too many": ("(p.rows * p.pitch)) as i", "(p.rows * p.pitch) + 1) as i"),
@@ -459,8 +459,8 @@ RMS_NORM: Mutants = {
     ),
     "squares of one thread": ("return combined([total[0]], thread, threads)[0]", "return total[0]"),
     "sums not from zero": ("store(total, f32(0.0, 1), 0)", "store(total, f32(1.0, 1), 0)"),
-    "the first row": ("return x[sample, row, c] if mean", "return x[sample, 0, c] if mean"),
-    "the first sample": ("return x[sample, row, c] if mean", "return x[0, row, c] if mean"),
+    "the first row": ("return value_of(x, sample, row, c) if mean", "return value_of(x, sample, 0, c) if mean"),
+    "the first sample": ("return value_of(x, sample, row, c) if mean", "return value_of(x, 0, row, c) if mean"),
     "another width": ("inverse = f32(1.0 / channels, 1)", "inverse = f32(1.0 / (channels + 1), 1)"),
     "written in the first row": ("rows.write(value, sample, row, problem", "rows.write(value, sample, 0, problem"),
 }

@@ -264,6 +264,18 @@ static Word rounded(float value) {
 
 void cvt_bf16x2(Word &d, float high, float low) { d = rounded(high) << 16 | rounded(low); }
 
+// Likewise, and the largest where it is beyond that (.satfinite).
+static Word half_of(float value) {
+    if (value != value) return 0x7fff;
+    const float largest = 65504;
+    _Float16 nearest = value > largest ? largest : value < -largest ? -largest : value;
+    uint16_t bits;
+    memcpy(&bits, &nearest, 2);
+    return bits;
+}
+
+void cvt_f16x2(Word &d, float high, float low) { d = half_of(high) << 16 | half_of(low); }
+
 // A sum of a tensor core and products more, in the order of k, or, truncating, as no core does it worse: eight products
 // at a time, which with the sum are shifted to the largest exponent of all and lose what is behind its last bit, towards
 // zero (Fasi et al., Numerical behavior of NVIDIA tensor cores, 2021: as the V100's; others keep a bit or two more).

@@ -57,6 +57,7 @@ void wait_group(size_t left);
 void ldmatrix_x4(Word &r0, Word &r1, Word &r2, Word &r3, Word row);
 void ldmatrix_x4_trans(Word &r0, Word &r1, Word &r2, Word &r3, Word row);
 void cvt_bf16x2(Word &d, float high, float low);
+void cvt_f16x2(Word &d, float high, float low);
 void mma_u8_s8(Word &d0, Word &d1, Word &d2, Word &d3, Word a0, Word a1, Word a2, Word a3, Word b0, Word b1, Word c0,
                Word c1, Word c2, Word c3);
 void mma_bf16(float &d0, float &d1, float &d2, float &d3, Word a0, Word a1, Word a2, Word a3, Word b0, Word b1, float c0,

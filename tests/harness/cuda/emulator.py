@@ -97,6 +97,8 @@ def _helper(match: re.Match[str]) -> str:
         body = f"emulator::mma_bf16({arguments});"
     elif "cvt" in name and "rn_bf16x2_f32" in name:
         body = f"emulator::cvt_bf16x2({arguments});"
+    elif "cvt" in name and "rn_satfinite_f16x2_f32" in name:
+        body = f"emulator::cvt_f16x2({arguments});"
     elif "ldmatrix" in name and "x4" in name:
         body = f"emulator::ldmatrix_x4{'_trans' if 'trans' in name else ''}({arguments});"
     elif "commit_group" in name:

@@ -67,7 +67,7 @@ class Finish:
                 return buffer[sample, span(channel, lanes)]
             return buffer[(sample, *row, span(channel, lanes))]
 
-        return apply(self.epilogue, value, load, quant)
+        return apply(self.epilogue, value, lambda i: vmath.cast(load(i), "float32"), quant)
 
 
 def quantizer(buffers: Buffers, sample: Any) -> tuple[Expr, Expr]:

@@ -1,4 +1,4 @@
-"""Elements moved as they are: a thread for each of a copy."""
+"""Elements moved as they are, but for their precision: a thread for each of a copy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,17 @@ from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 from tvm.tirx import PrimFunc
 
-from mpq_compiler.backends.tvm.kernels.common.template import Buffers, constant, sample_view, store, unravel
+from mpq_compiler.backends.tvm.kernels.common.template import (
+    Buffer,
+    Buffers,
+    Index,
+    constant,
+    sample_view,
+    store,
+    unravel,
+)
 from mpq_compiler.backends.tvm.kernels.common.tokens import place_of_token
-from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, local, primfunc, put_values, value_of
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Shape
 from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, Movement, TokenRow, arguments
 from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions
@@ -37,7 +45,7 @@ def _move(problem: Any, batch: Any, buffers: Buffers) -> None:
         size = math.prod(1 if extent == BATCH else int(extent) for extent in problem.shape)
         with each(samples * size) as i:
             y, _ = sample_view(buffers["y"], problem.shape, 0)
-            store(y, constant(problem.fill, problem.dtype, 1), i)
+            _put(y, constant(problem.fill, problem.dtype, 1), i)
     for copy in problem.copies:
         extents, (source, target) = merge_dimensions(copy.extents, [copy.source_strides, copy.target_strides])
         with each(samples * math.prod(extents)) as i:
@@ -46,7 +54,15 @@ def _move(problem: Any, batch: Any, buffers: Buffers) -> None:
             y, start = sample_view(buffers["y"], problem.shape, sample)
             at = origin + copy.source_offset + sum(p * step for p, step in zip(place, source, strict=True))
             to = start + copy.target_offset + sum(p * step for p, step in zip(place, target, strict=True))
-            store(y, x[at], to)
+            _put(y, x[at] if x.dtype == y.dtype else value_of(x, at), to)
+
+
+def _put(y: Buffer, value: Expr, at: Index) -> None:
+    """Store a value of the type of `y`, or float32 in its precision."""
+    if str(value.ty) == y.dtype:
+        store(y, value, at)
+    else:
+        put_values(y, [value], at)
 
 
 def _gather(problem: Any, batch: Any, buffers: Buffers) -> None:

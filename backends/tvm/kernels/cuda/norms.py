@@ -36,6 +36,7 @@ from mpq_compiler.backends.tvm.kernels.cuda.threads import (
     put_values,
     shared,
     strided,
+    value_of,
     values_of,
 )
 from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, Argument
@@ -93,7 +94,7 @@ def build_hadamard(problem: Hadamard, name: str) -> PrimFunc:
         with grid(batch * problem.positions, threads) as (number, thread):
             sample, row = unravel(number, problem.positions)
             rows.write(
-                lambda c: x[sample, row, c], sample, row, problem.positions, problem.channels, thread, threads
+                lambda c: value_of(x, sample, row, c), sample, row, problem.positions, problem.channels, thread, threads
             )
 
     return primfunc(name, hadamard_arguments(problem), body)
@@ -177,11 +178,11 @@ def _long_row_norm(problem: LayerNorm | RmsNorm, batch: Index, buffers: Buffers)
         sample, row = unravel(number, problem.positions)
         mean = None
         if isinstance(problem, LayerNorm):
-            total = _sum(thread, threads, channels, lambda c, total: total + x[sample, row, c])
+            total = _sum(thread, threads, channels, lambda c, total: total + value_of(x, sample, row, c))
             mean = keep(mul(total, inverse))
 
         def centred(c: Any) -> Expr:
-            return x[sample, row, c] if mean is None else x[sample, row, c] - mean
+            return value_of(x, sample, row, c) if mean is None else value_of(x, sample, row, c) - mean
 
         def square(c: Any, total: Expr) -> Expr:
             own = keep(centred(c))

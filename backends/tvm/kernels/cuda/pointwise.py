@@ -14,8 +14,8 @@ from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
 from mpq_compiler.backends.tvm.kernels.common.pointwise import evaluate
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, sample_view, unravel
-from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc, put_values
-from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH, ROUNDED
+from mpq_compiler.backends.tvm.kernels.cuda.threads import PAIRED, each, primfunc, put_values
+from mpq_compiler.backends.tvm.kernels.problems.argument import BATCH
 from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, arguments
 from mpq_compiler.backends.tvm.kernels.problems.strides import merge_dimensions
 
@@ -50,5 +50,5 @@ def _body(program: PointwiseProgram, batch: Any, buffers: Buffers) -> None:
             return vmath.mul(vmath.cast(value, "float32"), sign)
 
         value = evaluate(program, load, quant, 1, partner)
-        own = value if program.out_dtype == ROUNDED else vmath.cast(value, program.out_dtype)
-        put_values(views[-1][0], [own], T.bind(at(-1, place)))
+        y = views[-1][0]
+        put_values(y, [value if y.dtype in PAIRED else vmath.cast(value, program.out_dtype)], T.bind(at(-1, place)))

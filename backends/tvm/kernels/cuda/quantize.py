@@ -17,7 +17,16 @@ from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import quantizer
 from mpq_compiler.backends.tvm.kernels.common.quantize import dynamic_scale, group_of
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, store, unravel
-from mpq_compiler.backends.tvm.kernels.cuda.threads import combined, each, grid, local, power, primfunc, strided
+from mpq_compiler.backends.tvm.kernels.cuda.threads import (
+    combined,
+    each,
+    grid,
+    local,
+    power,
+    primfunc,
+    strided,
+    value_of,
+)
 from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Problem, Quantize, TimeGroup, arguments
 
 
@@ -44,7 +53,7 @@ def _quantize(problem: Quantize, batch: Any, buffers: Buffers) -> None:
         with each(batch * (size // width * count)) as i:
             row, channel = unravel(i, count)
             quant = quantizer(buffers, tirx.truncdiv(row, size // width))
-            code = vmath.quantize(x[i], *quant, problem.bits)
+            code = vmath.quantize(value_of(x, i), *quant, problem.bits)
             store(out, code, row * width + (first + channel))
         first += count
 
@@ -63,7 +72,7 @@ def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
         for end in range(2):
             store(ends, vmath.f32(0.0, 1), end)
         with strided(thread, width, threads) as c:
-            value = vmath.keep(x[row * width + c])
+            value = vmath.keep(value_of(x, row * width + c))
             for end, is_beyond in enumerate(beyond):
                 store(ends, tirx.Select(is_beyond(value, ends[end]), value, ends[end]), end)
         low, high = (
@@ -76,4 +85,5 @@ def _dynamic(problem: DynamicQuantize, batch: Any, buffers: Buffers) -> None:
             store(zeros, point, row)
         inverse, code_of_zero = vmath.keep(vmath.reciprocal(scale)), T.bind(T.cast(point, "int32"))
         with strided(thread, width, threads) as c:
-            store(out, vmath.quantize(x[row * width + c], inverse, code_of_zero, problem.bits), row * width + c)
+            code = vmath.quantize(value_of(x, row * width + c), inverse, code_of_zero, problem.bits)
+            store(out, code, row * width + c)

@@ -12,7 +12,7 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, flat, unravel
-from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc, put_values, values_of
+from mpq_compiler.backends.tvm.kernels.cuda.threads import each, primfunc, put_values, value_of, values_of
 from mpq_compiler.backends.tvm.kernels.problems.rounding import Rounding, arguments
 
 TOGETHER = 8
@@ -39,5 +39,5 @@ def _body(problem: Rounding, batch: Any, buffers: Buffers) -> None:
         return
     with each(batch * (p.rows * p.pitch)) as i:
         row, column = unravel(i, p.pitch)
-        value = scaled(x[row * p.width + T.min(column, p.width - 1)])
+        value = scaled(value_of(x, row * p.width + T.min(column, p.width - 1)))
         put_values(y, [vmath.keep(tirx.Select(column < p.width, value, vmath.f32(0.0, 1)))], i)

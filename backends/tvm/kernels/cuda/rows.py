@@ -14,7 +14,7 @@ from tvm.script.ir_builder import tirx as T
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.epilogue import Finish, apply
 from mpq_compiler.backends.tvm.kernels.common.template import Buffers, Index, flat, store
-from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, put_values, shared, strided, values_of
+from mpq_compiler.backends.tvm.kernels.cuda.threads import barrier, put_values, shared, strided, value_of, values_of
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.problems.hadamard import check_block
 
@@ -119,7 +119,7 @@ def finished(
     for i, operand in enumerate(epilogue.operands):
         buffer = buffers[f"operand{i}"]
         if operand.kind == "scalar":
-            operands.append([buffer[0]] * count)
+            operands.append([value_of(buffer, 0)] * count)
         else:
             at = {"channel": channel, "sample": sample}.get(operand.kind, full)
             operands.append(values_of(buffer, at, count))

@@ -13,8 +13,8 @@ from tvm.tirx import PrimFunc
 
 from mpq_compiler.backends.tvm.kernels.common import template, vmath
 from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, Index, store
-from mpq_compiler.backends.tvm.kernels.cuda import bfloat16
-from mpq_compiler.backends.tvm.kernels.problems.argument import ROUNDED, Argument
+from mpq_compiler.backends.tvm.kernels.cuda import bfloat16, half
+from mpq_compiler.backends.tvm.kernels.problems.argument import HALF, ROUNDED, Argument
 
 THREADS = 256
 """Threads of a block in kernels whose threads share nothing."""
@@ -26,7 +26,7 @@ ALL_LANES = 0xFFFFFFFF
 def primfunc(name: str, arguments: Sequence[Argument], body: Callable[[Any, Buffers], None]) -> PrimFunc:
     """A kernel for GPUs, made as `template.primfunc` does; `body` launches grids, one after the other."""
     with vmath.dialect(vmath.CUDA):
-        return template.primfunc(name, arguments, body, s_tir=False)
+        return template.primfunc(name, half.stored(arguments), body, s_tir=False)
 
 
 @contextmanager
@@ -97,20 +97,43 @@ def local(size: int, dtype: str = "float32") -> Buffer:
 
 
 def values_of(buffer: Buffer, at: Index, count: int) -> list[Expr]:
-    """Neighbouring values of a buffer, 1, 2 or 4 of them, read at once; `at` is a multiple of their number."""
+    """Neighbouring values of a buffer, 1, 2 or 4 of them, read at once; `at` is a multiple of their number.
+
+    Those in `HALF` come in float32.
+    """
+    if buffer.dtype == HALF:
+        if count == 1:
+            return [vmath.keep(vmath.cast(buffer[at], "float32"))]
+        words = values_of(in_units(buffer, "uint32", 2), T.bind(at // 2), count // 2)
+        return [vmath.keep(value) for word in words for value in half.floats(word)]
     if count == 1:
         return [vmath.keep(buffer[at])]
     vector = T.bind(in_units(buffer, f"{buffer.dtype}x{count}", count)[T.bind(at // count)])
     return [vmath.keep(tirx.Shuffle([vector], [i])) for i in range(count)]
 
 
+def value_of(buffer: Buffer, *at: Index) -> Expr:
+    """A value of a buffer; one in `HALF` comes in float32."""
+    return vmath.cast(buffer[at], "float32") if buffer.dtype == HALF else buffer[at]
+
+
+PAIRED = (ROUNDED, HALF)
+"""Types in which float32 are stored in pairs."""
+
+
+def _pair(dtype: str, low: Expr, high: Expr) -> Expr:
+    """Two float32 as one word of such a type."""
+    return bfloat16.pair(low, high) if dtype == ROUNDED else half.pair(low, high)
+
+
 def put_values(buffer: Buffer, values: Sequence[Expr], at: Index) -> None:
-    """Stores neighbouring values at once, as `values_of` reads them; float32 go as bfloat16 to `ROUNDED`."""
+    """Stores neighbouring values at once, as `values_of` reads them; float32 go to `ROUNDED` and `HALF` as these."""
     count = len(values)
-    if buffer.dtype == ROUNDED and count == 1:
-        store(buffer, T.cast(bfloat16.pair(values[0], vmath.f32(0.0, 1)) & T.uint32(0xFFFF), ROUNDED), at)
-    elif buffer.dtype == ROUNDED:
-        words = [bfloat16.pair(*values[e : e + 2]) for e in range(0, count, 2)]
+    if buffer.dtype in PAIRED and count == 1:
+        low = _pair(buffer.dtype, values[0], vmath.f32(0.0, 1)) & T.uint32(0xFFFF)
+        store(in_units(buffer, "uint16", 1), T.cast(low, "uint16"), at)
+    elif buffer.dtype in PAIRED:
+        words = [_pair(buffer.dtype, *values[e : e + 2]) for e in range(0, count, 2)]
         put_values(in_units(buffer, "uint32", 2), words, at // 2)
     elif count == 1:
         store(buffer, values[0], at)
@@ -127,6 +150,8 @@ def put_values(buffer: Buffer, values: Sequence[Expr], at: Index) -> None:
 
 def in_units(buffer: Buffer, dtype: str, count: int) -> Buffer:
     """The buffer, of one dimension, in units of so many values."""
+    if (dtype, count) == (buffer.dtype, 1):
+        return buffer
     size = tirx.truncdiv(buffer.shape[0] + (count - 1), count)
     return T.decl_buffer((size,), dtype, data=buffer.data, scope=buffer.scope())
 

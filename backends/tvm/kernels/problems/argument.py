@@ -10,6 +10,8 @@ BATCH = "B"
 Shape = tuple[int | str, ...]
 ROUNDED = "uint16"
 """Element type of values stored in bfloat16, as the upper halves of the nearest float32."""
+HALF = "float16"
+"""Element type of values that kernels of GPUs hand on in half precision (`plan.halves`)."""
 
 
 @dataclass(frozen=True)
