@@ -101,13 +101,11 @@ def values_of(buffer: Buffer, at: Index, count: int) -> list[Expr]:
 
     Those in `HALF` come in float32.
     """
+    if count == 1:
+        return [vmath.keep(value_of(buffer, at))]
     if buffer.dtype == HALF:
-        if count == 1:
-            return [vmath.keep(vmath.cast(buffer[at], "float32"))]
         words = values_of(in_units(buffer, "uint32", 2), T.bind(at // 2), count // 2)
         return [vmath.keep(value) for word in words for value in half.floats(word)]
-    if count == 1:
-        return [vmath.keep(buffer[at])]
     vector = T.bind(in_units(buffer, f"{buffer.dtype}x{count}", count)[T.bind(at // count)])
     return [vmath.keep(tirx.Shuffle([vector], [i])) for i in range(count)]
 
