@@ -201,7 +201,7 @@ BY_HAND = "trace,layout,calibrate,time-groups,bit-allocation{uniform=int8},numer
 
 
 def test_options() -> None:
-    with pytest.raises(UserError, match="'kinds' of pass 'numerics' must be of f32, bf16, int8, not 'fp4'"):
+    with pytest.raises(UserError, match="'kinds' of pass 'numerics' must be of f32, bf16, int8, f16, not 'fp4'"):
         Numerics(kinds=("fp4",))
     with pytest.raises(UserError, match="'mode' of pass 'numerics' is 'faster'"):
         parser.parse("numerics{mode=faster}")
