@@ -429,6 +429,15 @@ def test_a_plan_measured_again_that_has_more_noise_is_dropped(misjudged, tmp_pat
     assert next(told, None) is None
 
 
+@pytest.mark.parametrize(("huge", "measured"), [(1 << 40, 3), (0, 2)])
+def test_plans_of_huge_models_are_measured_again_once(misjudged, tmp_path, monkeypatch, huge, measured):
+    measure, told = bit_allocation.noise_of_program, iter((1e-7, 1e-8, 1e-9))
+    monkeypatch.setattr(bit_allocation, "noise_of_program", lambda *given: measure(*given) * 0 + next(told))
+    monkeypatch.setattr(bit_allocation, "HUGE", huge)
+    together(misjudged, Session(programs.denoiser(MODEL), cache=tmp_path), rounds=2)
+    assert len([*told]) == 3 - measured
+
+
 def test_a_table_that_names_no_inputs_is_not_checked():
     program = programs.after(MODEL, "sensitivity").fork()
     table = {key: value for key, value in program.facts[SENSITIVITY].items() if key != "inputs"}
