@@ -26,10 +26,9 @@ from mpq_compiler.backends.tvm.plan.halves import ARGUMENTS
 from mpq_compiler.ir.findings import STORED_HALVES
 from mpq_compiler.targets import table as targets
 from mpq_compiler.targets.numerics import BF16
-from tests.backends.cuda.test_rounding import MORE, on_tensor_cores
 from tests.harness import packed
 from tests.harness.cuda import emulator, kernels
-from tests.harness.cuda.cases import ADDED, BATCH, CASES, Case, value
+from tests.harness.cuda.cases import ADDED, BATCH, CASES, ON_TENSOR_CORES, Case, on_tensor_cores, value
 from tests.harness.cuda.kernels import Library, empty
 from tests.harness.cuda.mutants import with_mutated
 
@@ -40,7 +39,7 @@ TARGET = targets.resolve("cuda-sm90")
 LARGEST = np.float32(65504)
 EVERY = [
     *(c for c in CASES if c.template in ARGUMENTS and not isinstance(c.problem, Gather | TokenRow)),
-    *MORE,
+    *ON_TENSOR_CORES,
     Case("weight_only", WeightOnly(PRODUCT, DequantizeTable(65, 33, (33,), 4))),
     Case("rounding", Rounding(7, 24, 24, 0.3)),
     Case("rounding", Rounding(7, 11, 12)),

@@ -10,27 +10,13 @@ import pytest
 
 pytest.importorskip("tvm")
 from mpq_compiler.backends.tvm.kernels.cuda import templates as cuda
-from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Step
-from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
-from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Linear
+from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
 from mpq_compiler.backends.tvm.kernels.problems.pointwise import PointwiseProgram
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul
-from mpq_compiler.targets.numerics import BF16
 from tests.harness.cuda import kernels
-from tests.harness.cuda.cases import ADDED, BATCH, CASES, Case, value
+from tests.harness.cuda.cases import BATCH, CASES, ON_TENSOR_CORES, Case, on_tensor_cores, value
 from tests.harness.cuda.kernels import Library, empty
 from tests.harness.float_kernels import bfloat16
 
-SCALED = Epilogue((Step("mul", value=0.3),))
-MATMUL = QuantMatmul.linear((70,), 100, 70, has_bias=False, epilogue=SCALED)
-MORE = [
-    Case("gemm", MATMUL),
-    Case("gemm", replace(MATMUL, outputs=128, gate=Gate("gelu"))),
-    Case("gemm", QuantMatmul.linear((5,), 1600, 64, has_bias=False, epilogue=ADDED)),  # shared by several blocks
-    Case("float_gemm", Linear(70, 33, 65, packed=True, numerics=BF16, epilogue=ADDED)),
-    Case("fast_attention", FastAttention(49, 77, 2, 40, epilogue=ADDED)),
-    Case("fast_attention", FastAttention(9, 7, 2, 11)),
-]
 PLAIN = ("pointwise", "hadamard", "norms", "attention", "float_gemm")
 
 
@@ -42,13 +28,9 @@ def rounded(problem: Any) -> Any | None:
     return None if own.bits is not None else replace(problem, epilogue=replace(own, rounded=True))
 
 
-def on_tensor_cores(problem: Any) -> bool:
-    return getattr(problem, "numerics", "") == BF16
-
-
 def pairs() -> list[tuple[str, Any, Any]]:
     """(template, a problem, the same with its result rounded)"""
-    every = [case for case in CASES if case.template in PLAIN] + MORE
+    every = [case for case in CASES if case.template in PLAIN] + ON_TENSOR_CORES
     return [(c.template, c.problem, other) for c in every if (other := rounded(c.problem)) is not None]
 
 

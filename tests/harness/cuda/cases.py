@@ -16,6 +16,7 @@ from mpq_compiler.backends.tvm.kernels.problems.argument import ROUNDED
 from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.dequantize import DequantizeTable
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue, Operand, Step
+from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention
 from mpq_compiler.backends.tvm.kernels.problems.float8 import DequantizeFloat8
 from mpq_compiler.backends.tvm.kernels.problems.float_gemm import Conv2d, Linear
 from mpq_compiler.backends.tvm.kernels.problems.hadamard import Hadamard
@@ -23,9 +24,10 @@ from mpq_compiler.backends.tvm.kernels.problems.matmul import Access, Matmul
 from mpq_compiler.backends.tvm.kernels.problems.movement import Gather, TokenRow, concat, pad, permute, slice_, upsample
 from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm, RmsNorm
 from mpq_compiler.backends.tvm.kernels.problems.pointwise import Input, PointwiseProgram, PointwiseStep, Result, Window
-from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import QuantMatmul
+from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import Gate, QuantMatmul
 from mpq_compiler.backends.tvm.kernels.problems.quantize import DynamicQuantize, Quantize, TimeGroup
 from mpq_compiler.backends.tvm.kernels.problems.signatures import SIGNATURES
+from mpq_compiler.targets.numerics import BF16
 from tests.harness.cuda.kernels import empty
 from tests.harness.float_kernels import bfloat16, same_bits
 from tests.harness.shapes import with_widths
@@ -112,6 +114,23 @@ CASES = [
     Case("float8", DequantizeFloat8(5, 30, 3)),
     Case("float8", DequantizeFloat8(7, 41, 5)),
 ]  # fmt: skip
+
+
+_SCALED = QuantMatmul.linear((70,), 100, 70, has_bias=False, epilogue=Epilogue((Step("mul", value=0.3),)))
+ON_TENSOR_CORES = [
+    Case("gemm", _SCALED),
+    Case("gemm", replace(_SCALED, outputs=128, gate=Gate("gelu"))),
+    Case("gemm", QuantMatmul.linear((5,), 1600, 64, has_bias=False, epilogue=ADDED)),  # shared by several blocks
+    Case("float_gemm", Linear(70, 33, 65, packed=True, numerics=BF16, epilogue=ADDED)),
+    Case("fast_attention", FastAttention(49, 77, 2, 40, epilogue=ADDED)),
+    Case("fast_attention", FastAttention(9, 7, 2, 11)),
+]
+"""Products and attentions of tensor cores with results in float32."""
+
+
+def on_tensor_cores(problem: Any) -> bool:
+    """Whether a product or an attention of floats is one in bfloat16."""
+    return getattr(problem, "numerics", "") == BF16
 
 
 def value(draw: np.random.Generator, case: Case, name: str, array: np.ndarray, groups: int = 1) -> np.ndarray:
