@@ -8,14 +8,13 @@
 A cell is a recipe at a setting on a model. ``W2A8`` is the bytes that uniform ``int2`` takes in all layers but the
 ends, which have 8 bits, overheads included, one in forty more, for the tables of twenty time groups of some recipes,
 and 8-bit activations: what a recipe does with these bytes is its affair. Models are the judges, on which no recipe was
-developed (results/judges/README.md), and the bundled ones, on which they were. All draw the same noise in the same
-steps; judges draw with other samplers too, in 4 to 50 steps, than calibration did. `image_sqnr_db` has a paired
-bootstrap interval of its difference to the best other recipe: the same images are drawn with replacement for both.
-Training has as many minutes in every cell (`mpqc compile --minutes`). A claim is about `default` and the best other
-recipe of a setting on 1000 images, at W2A8, W3A8 and W4A4 of three seeds each; of judges it is there about the two best
-others, all trained as long as by `--effort best`, which is shown beside the minutes of the cells. A cell is known by
-its recipe and options; results and the errors of every image lie in benchmarks/results/quality/, and `--all` goes on
-where it was.
+developed (results/judges/README.md), and the bundled ones, on which they were, at two settings. All draw the same noise
+in the same steps; judges draw with other samplers too, in 4 to 50 steps, than calibration did. `image_sqnr_db` has a
+paired bootstrap interval of its difference to the best other recipe: the same images are drawn with replacement for
+both. Training has as many minutes in every cell (`mpqc compile --minutes`). A claim is about `default` and the best
+other recipe of a judge's setting on 1000 images; at W2A8 and W4A4 about the two best others, of three seeds each, all
+trained as long as by `--effort best`, which is shown beside the minutes of the cells. A cell is known by its recipe and
+options; results and the errors of every image lie in benchmarks/results/quality/, and `--all` goes on where it was.
 """
 
 from __future__ import annotations
@@ -72,6 +71,7 @@ SEED = 1000
 STRIP = 10
 """Images that are shown."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "recipes.md"
+OWN_DOCUMENT = DOCUMENT.parent / "recipes" / "default.md"
 
 
 def _images(painter: Painter, conditions: Any, count: int, steps: int = STEPS) -> np.ndarray:
@@ -252,8 +252,6 @@ def main() -> None:
         if whole or not options.all:
             claims = [cell for side in quality_tables.claims(cells) for cell in side]
             complete("cells of claims", claims, options.all, options.jobs, cluster)
-            best = quality_tables.of_best(cells)[1::2]
-            complete("cells of --effort best", best, options.all, options.jobs, cluster)
     if whole or not options.all:
         for model in models if options.all else ():
             float_accuracy(model)
@@ -267,8 +265,8 @@ def main() -> None:
         documents.insert(DOCUMENT, "quality", quality_tables.markdown(cells))
         documents.insert(DOCUMENT, "claims", documents.table(quality_tables.CLAIM_HEADERS, claimed))
         documents.insert(DOCUMENT, "samplers", documents.table(quality_tables.SAMPLER_HEADERS, sampled))
-        documents.insert(DOCUMENT, "best", documents.table(quality_tables.BEST_HEADERS, trained))
-        DOCUMENT.with_name("pareto.svg").write_text(quality_tables.plot(cells, next(iter(MODELS))))
+        documents.insert(OWN_DOCUMENT, "best", documents.table(quality_tables.BEST_HEADERS, trained))
+        DOCUMENT.with_name("pareto.svg").write_text(quality_tables.plot(cells, next(iter(JUDGED))))
         quality_tables.side_by_side(cells, DOCUMENT.with_suffix(".png"))
 
 

@@ -28,11 +28,11 @@ SETTINGS = {
 }  # fmt: skip
 """Bits of the uniform weights whose bytes are the budget, and of activations."""
 SHORT = ("W4A8", "W2A8", "W4A4")
-"""The settings of models other than the first of a kind."""
-MODELS = {"fashion-unet": ("W8A8", "W4A8", "W3A8", "W2A8", "W4A4", "W3A6"), "fashion-dit": SHORT, "fashion-text": SHORT}
-"""The models on which recipes were developed, with their settings."""
+"""The settings of judges other than the first."""
 JUDGED = {"emoji-unet": tuple(name for name in SETTINGS if name != "W3A8"), "emoji-dit": SHORT}
-"""Those on which none was."""
+"""The models on which no recipe was developed, with their settings: claims are about them."""
+MODELS = dict.fromkeys(("fashion-unet", "fashion-dit", "fashion-text"), ("W2A8", "W4A4"))
+"""Those on which recipes were, which judge nothing."""
 SAMPLERS = {
     "DDIM 4": ("DDIMScheduler", 4),
     "DDIM 20": ("DDIMScheduler", 20),
@@ -42,15 +42,13 @@ SAMPLERS = {
 """Solvers and steps that judge what was calibrated on others."""
 CLAIM = {"seeds": 3, "images": 1000}
 """What a cell of a claim is judged by, beside its recipe; at settings other than `CLAIMED` by one seed."""
-CLAIMED = ("W2A8", "W3A8", "W4A4")
+CLAIMED = ("W2A8", "W4A4")
 RIVALS = 2
-"""Recipes beside `default` that are trained as long as `--effort best` at those settings of the judges."""
-BEST = ("W2A8", "W3A6")
-"""Settings at which `--effort best` is shown."""
+"""Recipes beside `default` that are trained as long as `--effort best` at those settings."""
 BEST_MINUTES = Distill.efforts["best"]["minutes"]
 """Of training, which stand for that effort."""
 SHOWN = "W2A8"
-"""The setting of the first model of which images stand side by side."""
+"""The setting of the first judge of which images stand side by side."""
 UNIFORM = (
     "trace,layout,calibrate,time-groups{{bits={a}}},bit-allocation{{uniform=int{w},activations={a},ends=8}},numerics,"
     "insert-fake-quant,residual-branch,round-weights{{method={method}}},fold-fake-quant,fuse-epilogues"
@@ -96,7 +94,7 @@ class Cell:
     @property
     def strip(self) -> Path | None:
         """Of the first images side by side, where they are shown."""
-        usual = Cell(next(iter(MODELS)), SHOWN, self.recipe)
+        usual = Cell(next(iter(JUDGED)), SHOWN, self.recipe)
         return self.file.with_suffix(".png") if self == usual else None
 
     @property

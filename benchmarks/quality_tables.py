@@ -15,14 +15,12 @@ from PIL import Image
 
 from benchmarks import charts, documents
 from benchmarks.quality_cells import (
-    BEST,
     BEST_MINUTES,
     CLAIM,
     CLAIMED,
     COMPARED,
     JUDGED,
     MINUTES,
-    MODELS,
     RESULTS,
     RIVALS,
     SAMPLERS,
@@ -128,20 +126,24 @@ def best_others(model: str, setting: str, cells: Sequence[Cell]) -> list[str]:
 
 
 def claims(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """For each setting of a model the cells of `default` and of the best other recipe, a list each.
+    """For each setting of a judge the cells of `default` and of the best other recipe, a list each.
 
-    Of a judge's claimed settings they are trained as long as by ``--effort best``, and there is a pair for each rival.
+    Of claimed settings they are trained as long as by ``--effort best``, and there is a pair for each rival.
     """
     found = []
-    for model, setting in dict.fromkeys((c.model, c.setting) for c in cells):
-        first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"])
-        long = model in JUDGED and setting in CLAIMED
-        if long:
-            first = replace(first, minutes=BEST_MINUTES)
-        seeds = range(CLAIM["seeds"] if setting in CLAIMED else 1)
-        for other in best_others(model, setting, cells)[: RIVALS if long else 1]:
+    for model, setting in _judged(cells):
+        claimed = setting in CLAIMED
+        minutes = BEST_MINUTES if claimed else cells[0].minutes
+        first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"], minutes=minutes)
+        seeds = range(CLAIM["seeds"] if claimed else 1)
+        for other in best_others(model, setting, cells)[: RIVALS if claimed else 1]:
             found += [[replace(first, recipe=name, seed=seed) for seed in seeds] for name in ("default", other)]
     return found
+
+
+def _judged(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Models and settings of the cells of judges, each pair once."""
+    return list(dict.fromkeys((c.model, c.setting) for c in cells if c.model in JUDGED))
 
 
 CLAIM_HEADERS = (
@@ -187,10 +189,10 @@ def by_samplers(cells: Sequence[Cell]) -> list[list[str]]:
 
 
 def of_best(cells: Sequence[Cell]) -> list[Cell]:
-    """`default` with the usual minutes and with those of `--effort best`, by turns, of models that are no judges."""
+    """`default` with the usual minutes and with those of `--effort best`, by turns, where it is claimed."""
+    places = [(model, setting) for model, setting in _judged(cells) if setting in CLAIMED]
     minutes = (MINUTES, BEST_MINUTES)
-    models = dict.fromkeys(c.model for c in cells if c.model in MODELS)
-    return [Cell(m, s, "default", t, images=CLAIM["images"]) for m in models for s in BEST for t in minutes]
+    return [Cell(m, s, "default", t, images=CLAIM["images"]) for m, s in places for t in minutes]
 
 
 BEST_HEADERS = (
@@ -291,7 +293,7 @@ def side_by_side(cells: Sequence[Cell], path: Path) -> None:
     rows = [(c.strip, row) for c in cells if c.strip and c.strip.exists() and (row := c.result())]
     rows.sort(key=lambda found: found[1]["image_sqnr_db"])
     titles = [f"{row['cell']['recipe']}, {row['image_sqnr_db']:.1f} dB" for _, row in rows]
-    strips = [float_strip(next(iter(MODELS))), *(strip for strip, _ in rows)]
+    strips = [float_strip(next(iter(JUDGED))), *(strip for strip, _ in rows)]
     if strips[0].exists():
         image_grid.grid([_images(strip) for strip in strips], path, columns=2, scale=3, titles=["float32", *titles])
 

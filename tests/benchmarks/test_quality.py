@@ -55,6 +55,21 @@ def test_the_best_other_recipe_is_that_of_as_many_images_as_a_claim_has(results)
     assert quality_tables.best_other("fashion-unet", "W2A8", cells) == "mpq-dm"
 
 
+def test_claims_are_about_judges(results):
+    """Of the settings that count there are two rivals and three seeds, all with the minutes of ``--effort best``."""
+    cells = quality_cells.cells_of()
+    for cell in cells:
+        results(cell, image_sqnr_db=30 - quality_cells.COMPARED.index(cell.recipe), errors=[])
+    sides = quality_tables.claims(cells)
+    assert {cell.model for side in sides for cell in side} == {*quality_cells.JUDGED}
+    counted = [side for side in sides if side[0].setting in quality_cells.CLAIMED]
+    assert len(counted) == 2 * 2 * 2 * quality_cells.RIVALS
+    assert {(len(side), side[0].minutes) for side in counted} == {(CLAIM["seeds"], quality_cells.BEST_MINUTES)}
+    assert {(len(side), side[0].minutes) for side in sides if side not in counted} == {(1, quality_cells.MINUTES)}
+    usual, best = quality_tables.of_best(cells)[:2]
+    assert best in counted[0] and usual == replace(best, minutes=quality_cells.MINUTES)
+
+
 def test_only_budgets_that_cannot_be_met_are_kept_as_refusals(results, monkeypatch, capsys):
     cell = Cell("fashion-unet", "W2A8", "fpq")
 
@@ -75,7 +90,7 @@ def test_only_budgets_that_cannot_be_met_are_kept_as_refusals(results, monkeypat
 
 def test_cells_are_tasks_of_a_cluster_and_are_written_as_they_end(results, monkeypatch, capsys):
     """Each goes with its budget, and comes back as rows, images or a refusal, which are written here."""
-    cells = [Cell("fashion-unet", "W2A8", name) for name in ("default", "fpq", "mixdq")]
+    cells = [Cell("emoji-unet", "W2A8", name) for name in ("default", "fpq", "mixdq")]
 
     def compute(cell: Cell, jobs: int, counts: list[int], budget: int) -> quality.Outcome:
         if cell.recipe == "mixdq":
