@@ -1,22 +1,31 @@
-"""Every weight format in all layers of the bundled denoiser: bytes, true bits and quality.
+"""What every weight format gives: in all layers of the bundled UNet, and layer by layer of the bundled denoisers.
 
     python -m benchmarks.formats [--only NAMES] [--json FILE] [--docs FILE]
 
-The model is calibrated once as by default; then each format is the only one, with GPTQ rounding as in the default
+The UNet is calibrated once as by default; then each format is the only one, with GPTQ rounding as in the default
 recipe and without. Quality is the teacher-forced SQNR of the simulated program on the 64 held-out inputs that
 `mpqc compile` judges by: of W8A8 about 34 dB, which the 8-bit activations allow. The example layer is the largest.
---docs writes the table between the marks of docs/formats.md.
+
+Layers of all three denoisers stand for themselves in formats of up to 3 bits and what these store beside codes: the
+output of each on calibration's inputs in float over its error, with GPTQ alone and with scales searched behind it, as
+in the default recipe; means in dB over layers of `LEAST` numbers and more. Entropy-coded weights of 2.24 bits are held
+against the best mixture of two of the other formats. --docs writes both tables between the marks of docs/formats.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from torch import fx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,6 +35,7 @@ from mpq_compiler import formats
 from mpq_compiler.driver import judge
 from mpq_compiler.driver.options import Options
 from mpq_compiler.evaluation.metrics import sqnr_db
+from mpq_compiler.formats.base import output_error
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir import costs, interpreter
 from mpq_compiler.ir.graph import weight_of
@@ -34,6 +44,7 @@ from mpq_compiler.ir.program import PARAMETERS, Program, Stage, TensorStore
 from mpq_compiler.pipeline import manager
 from mpq_compiler.pipeline.parser import parse
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.fitting import Layer, Rounding
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES
 from mpq_compiler.support.execution import batches
@@ -41,24 +52,33 @@ from mpq_compiler.support.execution import batches
 MODEL = "fashion-unet"
 FRONT = "trace,layout,calibrate,time-groups"
 BACK = "bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,round-weights{{method={}}}"
-RATES = ("1", "1.25", "1.7", "2.1", "2.5", "3", "4")
+RATES = ("1", "1.25", "1.7", "2.1", "2.24", "2.5", "3", "4")
 SPELLED = ("int4g32", "nf4g64", "int4+r4", "int4+r16", *(f"ec{rate}" for rate in RATES))
 METHODS = ("nearest", "gptq")
+MODELS = ("fashion-unet", "fashion-dit", "fashion-text")
+"""Whose layers are looked at one by one."""
+LAYER_METHODS = (Rounding.GPTQ, Rounding.GPTQ_SCALES)
+LEAST = 4000
+"""Numbers of a weight that is one of these layers: of smaller ones tables and histograms are most bytes."""
+MOST_BITS = 3.1
+CLAIMED = "ec2.24"
+"""Is held against mixtures of formats that are not entropy-coded."""
 RESULTS = Path(__file__).parent / "results" / "formats.json"
 
 
-def measure(names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
-    """Calls ``done`` with the row of each format."""
-    import numpy as np
-    from torch import fx
+def _calibrated(model: denoiser.Denoiser) -> tuple[Session, Program]:
+    session = Session(model, requests=Requests(frozenset({RANGE, VALUES, GRAM})))
+    front, _ = manager.run_pipeline(parse(FRONT), Program(fx.Graph(), TensorStore(), (), Stage.FLOAT), session)
+    return session, front
 
+
+def measure(names: Sequence[str], done: Callable[[dict[str, Any]], None]) -> None:
+    """Calls ``done`` with the row of each format in all layers of `MODEL`."""
     model = denoiser.load(MODEL)
     held_out = judge.held_out(model, Options())
     expected = model(**held_out).numpy()
-    session = Session(model, requests=Requests(frozenset({RANGE, VALUES, GRAM})))
     with interpreter.single_threaded():
-        start = Program(fx.Graph(), TensorStore(), (), Stage.FLOAT)
-        front, _ = manager.run_pipeline(parse(FRONT), start, session)
+        session, front = _calibrated(model)
         present = {p for each in parse(FRONT) for p in each.provides}
         largest = max((front.tensors[str(weight_of(n))] for n in front.quantizable), key=lambda t: t.numel())
         for name in names:
@@ -79,6 +99,72 @@ def measure(names: list[str], done: Callable[[dict[str, Any]], None]) -> None:
             done(row)
 
 
+def measure_layers(model: str, names: Sequence[str], done: Callable[[dict[str, Any]], None]) -> None:
+    """Calls ``done`` with the row of each format of few bits: bits and SNR of the layers of a model."""
+    with interpreter.single_threaded():
+        _, front = _calibrated(denoiser.load(model))
+        calls = {str(weight_of(n)): n for n in front.quantizable}
+        layers = [Layer.of(front, call, weight) for weight, call in calls.items()]
+        layers = [layer for layer in layers if layer.weight.numel() >= LEAST and layer.moments is not None]
+        numbers = sum(layer.weight.numel() for layer in layers)
+        for name in names:
+            bits = 8 * sum(formats.get(name).stored_bytes(*layer.weight.shape) for layer in layers) / numbers
+            if bits > MOST_BITS:
+                continue
+            row: dict[str, Any] = {"model": model, "format": name, "bits": bits, "layers": len(layers)}
+            for rounding in LAYER_METHODS:
+                row[rounding] = statistics.mean(_snr_db(layer, name, rounding) for layer in layers)
+            print(f"{model}  {name:10} {bits:.2f} bits  {_of_layers(row)}", flush=True)
+            done(row)
+
+
+def _of_layers(row: dict[str, Any]) -> str:
+    """The decibels of a row, for people."""
+    return f"{row[Rounding.GPTQ]:.1f} dB, scales searched {row[Rounding.GPTQ_SCALES]:.1f} dB"
+
+
+def _snr_db(layer: Layer, name: str, rounding: Rounding) -> float:
+    """The power of a layer's output on calibration's inputs over that of its error in a format, in dB."""
+    rows, gram = layer.read().flatten(1), layer.moments
+    error = layer.fit(name, rounding).dequantize().reshape(rows.shape) - rows
+    signal, noise = (float(output_error(x, gram).sum()) for x in (rows, error))
+    return 10 * math.log10(signal / noise)
+
+
+def mixture(points: Sequence[tuple[float, float]], bits: float) -> float:
+    """The most dB at so many bits that one of some formats has, or a mixture of two, given as (bits, dB)."""
+    found = [db for own, db in points if own <= bits]
+    for less, low in points:
+        found += [low + (high - low) * (bits - less) / (more - less) for more, high in points if less < bits <= more]
+    return max(found)
+
+
+def claim(rows: Sequence[dict[str, Any]], model: str) -> str | None:
+    """What entropy-coded weights have over the others in the layers of a model; None where it was not measured."""
+    of_format = {row["format"]: row for row in rows if row["model"] == model}
+    others = [row for name, row in of_format.items() if not name.startswith("ec")]
+    if CLAIMED not in of_format or not others:
+        return None
+    own = of_format[CLAIMED]
+    best = [mixture([(row["bits"], row[rounding]) for row in others], own["bits"]) for rounding in LAYER_METHODS]
+    gained = [f"{own[r] - db:+.1f} dB to {db:.1f}" for r, db in zip(LAYER_METHODS, best, strict=True)]
+    return (
+        f"{model}, {own['bits']:.2f} bits a number of {own['layers']} layers: {own[Rounding.GPTQ]:.1f} dB, {gained[0]} "
+        f"of the best mixture of other formats, {gained[1]} where their scales are searched"
+    )
+
+
+def table_of_layers(rows: Sequence[dict[str, Any]]) -> str:
+    """In Markdown: bits and SNR of the layers of every model."""
+    found = {(row["model"], row["format"]): row for row in rows}
+    names = sorted({row["format"] for row in rows}, key=lambda n: min(r["bits"] for r in rows if r["format"] == n))
+    lines = []
+    for name in names:
+        own = [found.get((model, name)) for model in MODELS]
+        lines.append([f"`{name}`", *(f"{row['bits']:.2f}: {_of_layers(row)}" if row else "" for row in own)])
+    return documents.table(["format", *(f"`{model}`, bits" for model in MODELS)], lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| format | bits of the largest layer | true bits of the model | nearest, dB | GPTQ, dB |",
@@ -96,18 +182,31 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where rows are kept; other formats' rows stay")
     parser.add_argument("--docs", type=Path, help="write the table into this file")
     options = parser.parse_args()
-    rows = {}
-    if options.json.exists():
-        rows = {row["format"]: row for row in json.loads(options.json.read_text())["rows"]}
+    kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+    rows = {row["format"]: row for row in kept.get("rows", ())}
+    layers = {(row["model"], row["format"]): row for row in kept.get("layers", ())}
+
+    def write() -> None:
+        own = {"rows": [rows[name] for name in sorted(rows)], "layers": [layers[key] for key in sorted(layers)]}
+        options.json.write_text(json.dumps({**provenance(), "model": MODEL, **own}, indent=1) + "\n")
 
     def keep(row: dict[str, Any]) -> None:
         rows[row["format"]] = row
-        document = {**provenance(), "model": MODEL, "rows": [rows[name] for name in sorted(rows)]}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write()
 
-    measure(options.only.split(",") if options.only else [*formats.FORMATS, *SPELLED], keep)
+    def keep_layers(row: dict[str, Any]) -> None:
+        layers[row["model"], row["format"]] = row
+        write()
+
+    names = options.only.split(",") if options.only else list(dict.fromkeys([*formats.FORMATS, *SPELLED]))
+    for model in MODELS:
+        measure_layers(model, names, keep_layers)
+    claims = [said for model in MODELS if (said := claim([*layers.values()], model))]
+    print("", *claims, "", sep="\n", flush=True)
+    measure(names, keep)
     if options.docs:
         documents.insert(options.docs, "formats", table([*rows.values()]))
+        documents.insert(options.docs, "layers", table_of_layers([*layers.values()]))
 
 
 if __name__ == "__main__":
