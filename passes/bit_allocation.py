@@ -64,8 +64,8 @@ EXPECTED = 0.5
 ROUNDS_HUGE = 1
 """How often at most losses are measured again of models with more than `HUGE` parameters.
 
-Once takes as long as all of `sensitivity`, 34 minutes of a 4 B transformer on two cores, whose plan has 2.9 dB less noise
-by it.
+Once takes as long as all of `sensitivity`: of a 4 B transformer 34 minutes on two cores, whose plan has 2.9 dB less
+noise by it.
 """
 AROUND = LossEstimator((), (8,), None, 8, 1 << 23)
 """Measures them, as far as that takes time."""
