@@ -154,11 +154,14 @@ def claim(rows: Sequence[dict[str, Any]], model: str) -> str | None:
 def table_of_layers(rows: Sequence[dict[str, Any]]) -> str:
     """In Markdown: bits of the layers of every model, and their SNR without and with a search of scales."""
     found = {(row["model"], row["format"]): row for row in rows}
-    names = sorted({row["format"] for row in rows}, key=lambda n: min(r["bits"] for r in rows if r["format"] == n))
-    lines = []
-    for name in names:
-        own = [found.get((model, name)) for model in MODELS]
-        lines.append([f"`{name}`", *(f"{row['bits']:.2f}: {row[Rounding.GPTQ]:.1f}, {row[Rounding.GPTQ_SCALES]:.1f}" if row else "" for row in own)])
+    least = {name: min(row["bits"] for row in rows if row["format"] == name) for _, name in found}
+    names = sorted(least, key=lambda name: (least[name], name))
+
+    def cell(model: str, name: str) -> str:
+        row = found.get((model, name))
+        return f"{row['bits']:.2f}: {row[Rounding.GPTQ]:.1f}, {row[Rounding.GPTQ_SCALES]:.1f}" if row else ""
+
+    lines = [[f"`{name}`", *(cell(model, name) for model in MODELS)] for name in names]
     return documents.table(["format", *(f"`{model}`, bits: dB" for model in MODELS)], lines)
 
 

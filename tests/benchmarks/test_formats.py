@@ -14,7 +14,7 @@ def test_mixtures_of_formats_lie_between_the_best_of_them():
     assert formats.mixture(points, 3.5) == pytest.approx(31.5)
     assert formats.mixture(points, 2.0) == 20 and formats.mixture(points, 9.0) == 33
     assert formats.mixture(points[:2], 2.2) == 20  # with less than it may take
-    assert formats.mixture([*points, (2.4, 29.0)], 2.5) == pytest.approx(29 + 1 / 6)
+    assert formats.mixture([*points, (2.4, 29.0)], 2.5) == pytest.approx(29.25)
 
 
 def test_what_is_claimed_of_layers():
