@@ -15,6 +15,7 @@ against the best mixture of two of the other formats. --docs writes both tables 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import documents
 from benchmarks.machine import provenance
+from benchmarks.quality_cells import MODELS
 from mpq_compiler import formats
 from mpq_compiler.driver import judge
 from mpq_compiler.driver.options import Options
@@ -55,8 +57,6 @@ BACK = "bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,
 RATES = ("1", "1.25", "1.7", "2.1", "2.24", "2.5", "3", "4")
 SPELLED = ("int4g32", "nf4g64", "int4+r4", "int4+r16", *(f"ec{rate}" for rate in RATES))
 METHODS = ("nearest", "gptq")
-MODELS = ("fashion-unet", "fashion-dit", "fashion-text")
-"""Whose layers are looked at one by one."""
 LAYER_METHODS = (Rounding.GPTQ, Rounding.GPTQ_SCALES)
 LEAST = 4000
 """Numbers of a weight that is one of these layers: of smaller ones tables and histograms are most bytes."""
@@ -67,8 +67,10 @@ CLAIMED = "ec2.24"
 RESULTS = Path(__file__).parent / "results" / "formats.json"
 
 
-def _calibrated(model: denoiser.Denoiser) -> tuple[Session, Program]:
-    session = Session(model, requests=Requests(frozenset({RANGE, VALUES, GRAM})))
+@functools.cache
+def _calibrated(name: str) -> tuple[Session, Program]:
+    """A bundled denoiser as the allocation finds it."""
+    session = Session(denoiser.load(name), requests=Requests(frozenset({RANGE, VALUES, GRAM})))
     front, _ = manager.run_pipeline(parse(FRONT), Program(fx.Graph(), TensorStore(), (), Stage.FLOAT), session)
     return session, front
 
@@ -79,7 +81,7 @@ def measure(names: Sequence[str], done: Callable[[dict[str, Any]], None]) -> Non
     held_out = judge.held_out(model, Options())
     expected = model(**held_out).numpy()
     with interpreter.single_threaded():
-        session, front = _calibrated(model)
+        session, front = _calibrated(MODEL)
         present = {p for each in parse(FRONT) for p in each.provides}
         largest = max((front.tensors[str(weight_of(n))] for n in front.quantizable), key=lambda t: t.numel())
         for name in names:
@@ -103,7 +105,7 @@ def measure(names: Sequence[str], done: Callable[[dict[str, Any]], None]) -> Non
 def measure_layers(model: str, names: Sequence[str], done: Callable[[dict[str, Any]], None]) -> None:
     """Calls ``done`` with the row of each format of few bits: bits and SNR of the layers of a model."""
     with interpreter.single_threaded():
-        _, front = _calibrated(denoiser.load(model))
+        _, front = _calibrated(model)
         calls = {str(weight_of(n)): n for n in front.quantizable}
         layers = [Layer.of(front, call, weight) for weight, call in calls.items()]
         layers = [layer for layer in layers if layer.weight.numel() >= LEAST and layer.moments is not None]
@@ -165,15 +167,14 @@ def table_of_layers(rows: Sequence[dict[str, Any]]) -> str:
     return documents.table(["format", *(f"`{model}`, bits: dB" for model in MODELS)], lines)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "| format | bits of the largest layer | true bits of the model | nearest, dB | GPTQ, dB |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """In Markdown: bytes and quality of a model all of whose layers have one format."""
+    lines = []
     for row in sorted(rows, key=lambda r: r["bytes"]):
-        kept = f"{row['layer_bits']:.2f} | {row['bits']:.2f} | {row['nearest_db']:.1f} | {row['gptq_db']:.1f}"
-        lines.append(f"| `{row['format']}` | {kept} |")
-    return "\n".join(lines)
+        bits = (f"{row[name]:.2f}" for name in ("layer_bits", "bits"))
+        lines.append([f"`{row['format']}`", *bits, *(f"{row[f'{method}_db']:.1f}" for method in METHODS)])
+    headers = ("format", "bits of the largest layer", "true bits of the model", "nearest, dB", "GPTQ, dB")
+    return documents.table(headers, lines)
 
 
 def main() -> None:

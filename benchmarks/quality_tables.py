@@ -132,11 +132,11 @@ def claims(cells: Sequence[Cell]) -> list[list[Cell]]:
     """
     found = []
     for model, setting in _judged(cells):
-        claimed = setting in CLAIMED
-        minutes = BEST_MINUTES if claimed else cells[0].minutes
+        long = setting in CLAIMED
+        minutes = BEST_MINUTES if long else cells[0].minutes
         first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"], minutes=minutes)
-        seeds = range(CLAIM["seeds"] if claimed else 1)
-        for other in best_others(model, setting, cells)[: RIVALS if claimed else 1]:
+        seeds = range(CLAIM["seeds"] if long else 1)
+        for other in best_others(model, setting, cells)[: RIVALS if long else 1]:
             found += [[replace(first, recipe=name, seed=seed) for seed in seeds] for name in ("default", other)]
     return found
 
