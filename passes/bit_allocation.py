@@ -59,10 +59,10 @@ Destroyed networks are off by as much.
 """
 AGAIN_DB = 1.0
 """The difference in dB from which on losses are measured again, around the plan."""
-AGAIN_EXPECTED, AGAIN_EXPECTED_HUGE = 0.5, 1.0
+AGAIN_EXPECTED = 0.5
 """How often losses are measured again, by what a compilation is expected to take.
 
-Of six large models two need that, those with more than `HUGE` parameters.
+Of six large models two need that, those with more than `HUGE` parameters, which are expected to take all their rounds.
 """
 ROUNDS_HUGE = 1
 """How often at most losses are measured again of models with more than `HUGE` parameters.
@@ -260,7 +260,7 @@ class BitAllocation(Pass):
             together = asked.running(count, PIECE)
             together += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE))  # weights are rounded for each piece
             found += together + Demand(disk=sizes.numbers)
-            again = AGAIN_EXPECTED_HUGE if sizes.parameters > HUGE else AGAIN_EXPECTED
+            again = ROUNDS_HUGE if sizes.parameters > HUGE else AGAIN_EXPECTED
             found += (together + AROUND.demand(asked)) * min(again, self.rounds)
         return found
 
