@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from mpq_compiler.allocation.sensitivity_table import CEILING_DB, CONTENT, QUALITY
-from mpq_compiler.ir.costs import layer_bops
 from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.findings import CostTable, LayerCosts, Losses, SensitivityTable
 from mpq_compiler.support.errors import BudgetError, UserError
-from mpq_compiler.targets.numerics import FLOAT, FLOAT_BITS
+from mpq_compiler.targets.numerics import FLOAT, FLOAT_BITS, layer_bops
 
 
 class ScoredUnit(TypedDict):

@@ -13,14 +13,12 @@ from mpq_compiler.ir.edges import attention_edges, input_edge
 from mpq_compiler.ir.graph import operand, softmax, weight_of
 from mpq_compiler.ir.interpreter import shapes
 from mpq_compiler.ir.program import TIME_GROUPS, Program
-from mpq_compiler.targets.numerics import FLOAT_BITS
+from mpq_compiler.targets.numerics import FLOAT_BITS, layer_bops
 
 ACTIVATION_GROUP_BYTES = 3
 """The stored bytes of a time group of an integer quantizer: an f16 scale and a u8 zero point."""
 FLOAT_GROUP_BYTES = 2
 """The stored bytes of a time group of a small-float quantizer: the f16 scale alone."""
-BRANCH_BITS = 16
-"""The bits of the factors of a low-rank branch."""
 
 
 def weight_path(node: fx.Node) -> str | None:
@@ -84,18 +82,6 @@ def macs(program: Program, batch: int = 1) -> dict[str, int]:
         weight = sizes[operand(node, 1).name].shape
         found[node.name] = sizes[node.name].numel() // batch * math.prod(weight[1:])
     return found
-
-
-def layer_bops(macs: int, weight_bits: int, activation_bits: int, branch_macs: int = 0) -> int:
-    """The bit operations of a layer: multiply-accumulates times the bits of both operands.
-
-    Args:
-        macs: multiply-accumulates of the layer.
-        weight_bits: of a weight as it is multiplied (`Format.operand_bits`).
-        activation_bits: of what the layer reads; 32 of floats.
-        branch_macs: multiply-accumulates of a low-rank branch, which reads floats.
-    """
-    return macs * weight_bits * activation_bits + branch_macs * BRANCH_BITS * FLOAT_BITS
 
 
 def bops(program: Program) -> tuple[int, int]:

@@ -56,6 +56,8 @@ FLOAT = "float"
 """The name of the choice not to quantize: an attention's format, or an activation's width."""
 FLOAT_BITS = 32
 """The bits of a value that is not quantized."""
+BRANCH_BITS = 16
+"""The bits of the factors of a low-rank branch."""
 SMALLEST = 1e-20
 """Lower bound of a block's largest magnitude, by which its codes are scaled: a block of zeros divides by this."""
 
@@ -70,3 +72,15 @@ EXP2_COARSE = (0.05517162371997846, 0.24261111871702196, 0.6932609938289391, 0.9
 
 Its error is at most 7.5e-5, far below a step of 8 bits.
 """
+
+
+def layer_bops(macs: int, weight_bits: int, activation_bits: int, branch_macs: int = 0) -> int:
+    """The bit operations of a layer: multiply-accumulates times the bits of both operands.
+
+    Args:
+        macs: multiply-accumulates of the layer.
+        weight_bits: of a weight as it is multiplied (`Format.operand_bits`).
+        activation_bits: of what the layer reads; 32 of floats.
+        branch_macs: multiply-accumulates of a low-rank branch, which reads floats.
+    """
+    return macs * weight_bits * activation_bits + branch_macs * BRANCH_BITS * FLOAT_BITS
