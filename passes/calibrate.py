@@ -37,7 +37,8 @@ class Calibrate(Pass):
     """Records the denoiser's inputs along sampling trajectories, and measures each tensor that may be quantized.
 
     The inputs come from the float model's own sampling, all time steps of ``samples`` trajectories of ``steps`` steps,
-    or from `--calibration`. Statistics are what later passes ask for, collected in one run. The graph stays as it is:
+    or from `--calibration`. Statistics are what later passes ask for, collected in one run; what sees the time and no
+    image is measured at times between the recorded ones, too (docs/calibration.md). The graph stays as it is:
 
         (no change; facts["calibration"] holds inputs, ranges, values and second moments)
       =>

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from mpq_compiler.ir.program import Program
-from mpq_compiler.quantization import statistics
+from mpq_compiler.quantization import between_times, statistics
 from mpq_compiler.quantization.kept_files import KeptFiles, read, write, write_all
 from mpq_compiler.quantization.statistics import Calibration, EdgeStatistics, Statistic, arithmetic
 from mpq_compiler.support import cache
@@ -47,8 +47,8 @@ class CalibrationFiles(KeptFiles[Calibration]):
             run: what else decides on the numbers, such as seed and device.
         """
         sizes = (statistics.PART, statistics.GRAM_ROWS, statistics.GRAM_COLUMNS, statistics.VALUES_PER_EDGE,
-                 statistics.VALUES_PER_INPUT, statistics.PROBABILITIES)  # fmt: skip
-        about = f"calibration 1 {sizes} {sorted(wanted)} {attention} {run} {arithmetic()}"
+                 statistics.VALUES_PER_INPUT, statistics.PROBABILITIES, between_times.TIMES)  # fmt: skip
+        about = f"calibration 2 {sizes} {sorted(wanted)} {attention} {run} {arithmetic()}"
         return self.use(cache.digest(about, *statistics.content(program), inputs))
 
     def _loaded(self, place: Path) -> tuple[Calibration, float]:

@@ -25,6 +25,7 @@ from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.graph import softmax, weight_of
 from mpq_compiler.ir.interpreter import Interpreter
 from mpq_compiler.ir.program import TIME_GROUPS, Program
+from mpq_compiler.quantization.between_times import TimedRows
 from mpq_compiler.support import cache
 from mpq_compiler.support.execution import batches
 
@@ -100,7 +101,8 @@ class Calibration:
     """The mean of x x^T over rows of a call's input, by the call's name: [K, K], its blocks [J, B, B], or its diagonal
     [K].
 
-    Rows of a convolution are patches. Calls that multiply the same rows, such as q, k and v, share one tensor.
+    Rows of a convolution are patches; what sees the time and no image has those at times between the recorded ones, too
+    (`between_times`). Calls that multiply the same rows, such as q, k and v, share one tensor.
     """
     means: dict[str, Tensor] = field(default_factory=dict)
     """The mean of x [K] over the same rows, by the call's name."""
@@ -304,9 +306,10 @@ class Collector:
         for n in self.layers:
             edge, geometry = input_edge(n).name, row_geometry(n, program.tensors[str(weight_of(n))].shape)
             self.readers.setdefault(edge, {}).setdefault((edge, geometry), []).append(n)
-        read = {e.name for n in self.attentions for e in attention_edges(n)}
-        self.watched = dict.fromkeys((*(self.readers.keys() | read), *(softmax(n.name) for n in self.attentions)))
+        read = (edge.name for n in self.attentions for edge in attention_edges(n))
+        self.watched = dict.fromkeys((*self.readers, *read, *(softmax(n.name) for n in self.attentions)))
         self.edges: dict[str, EdgeStatistics] = {}
+        self.timed = TimedRows.of(program, self.readers)
         self.sums: dict[Rows, tuple[Tensor, Tensor, int]] = {}
         self.turns = _Turns()
         self.outputs: list[Tensor] = []
@@ -364,7 +367,9 @@ class Collector:
             low, high = flat.aminmax(dim=1)
             positions = _choice(flat.shape[1], values, generator)
             self._keep(node.name, start, EdgeStatistics(low, high, flat[:, positions], flat.shape[1]))
-            for key in self.readers.get(node.name, {}) if self.wanted & {GRAM, MOMENTS} else ():
+            if node.name in self.timed.edges or not self.wanted & {GRAM, MOMENTS}:
+                return
+            for key in self.readers.get(node.name, {}):
                 rows = input_rows(key[1], value, max(1, GRAM_ROWS * size // self.total), generator)
                 with self.turns.take(key, number):
                     self._add(key, rows)
@@ -381,11 +386,17 @@ class Collector:
         """The calibration: all statistics that were measured, with all ``inputs`` in order. It ends the measuring."""
         found = Calibration(inputs, outputs=torch.cat(self.outputs))
         found.edges |= {name: self.edges[name].first(self.measured) for name in self.watched}
-        while self.sums:
-            key, (gram, total, count) = self.sums.popitem()
+        for rows in self.timed.computed(inputs, self.context.device) if self.wanted & {GRAM, MOMENTS} else ():
+            for edge, several in rows.items():
+                for key in self.readers[edge]:
+                    self._add(key, several)
+        for key, calls in itertools.chain.from_iterable(several.items() for several in self.readers.values()):
+            if key not in self.sums:
+                continue
+            gram, total, count = self.sums.pop(key)
             gram /= count  # in place, where it lies
             moments = gram[0] if gram.dim() == 3 and len(gram) == 1 else gram, total / count
-            for call in self.readers[key[0]][key]:
+            for call in calls:
                 found.grams[call.name], found.means[call.name] = moments
         return found
 

@@ -26,7 +26,7 @@ from mpq_compiler.support import cache
 from mpq_compiler.training.data import BATCH
 from mpq_compiler.training.objective import HELD, VALUES, Objective
 from mpq_compiler.training.state import State
-from mpq_compiler.training.student import Student, applied
+from mpq_compiler.training.student import Student, tried
 from mpq_compiler.training.variables import Variable
 
 ROWS = 16
@@ -64,7 +64,7 @@ class Images(Objective):
 
     def error(self, variables: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> float:
         try:
-            return self.held_out.typical_noise(applied(self.program, variables, thetas))
+            return self.held_out.typical_noise(tried(self.program, variables, thetas))
         except NotFinite:
             return math.inf
 

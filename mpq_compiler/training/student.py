@@ -25,7 +25,7 @@ from mpq_compiler.formats.low_rank import truncated
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.graph import arguments, operand, part_of
 from mpq_compiler.ir.interpreter import Interpreter
-from mpq_compiler.ir.program import Program
+from mpq_compiler.ir.program import Program, TensorStore
 from mpq_compiler.ir.stored_tensors import entropy_format
 from mpq_compiler.quantization.settle import LATENTS
 from mpq_compiler.training.variables import (
@@ -193,6 +193,14 @@ def applied(program: Program, trained: Mapping[str, Variable], thetas: Mapping[s
         scale_name, zero = (None if n is None else renamed.get(n, n) for n in (plan.scale, plan.zero_point))
         program.activations[edge] = replace(plan, scale=scale_name, zero_point=zero)
     return program
+
+
+def tried(program: Program, trained: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> Program:
+    """The program that `applied` returns, to be measured: what it stores goes with it.
+
+    In the store of all stages it would stay, and names there would tell how often a training was judged, and resumed.
+    """
+    return applied(program.fork(tensors=TensorStore(program.tensors)), trained, thetas)
 
 
 def variables(

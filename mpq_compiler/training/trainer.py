@@ -25,7 +25,7 @@ from mpq_compiler.training.images import Images, digest
 from mpq_compiler.training.objective import Objective
 from mpq_compiler.training.outputs import Outputs
 from mpq_compiler.training.state import Kept, Stage, State, key
-from mpq_compiler.training.student import applied, values, variables
+from mpq_compiler.training.student import applied, tried, values, variables
 from mpq_compiler.training.variables import Variable
 
 BETAS, EPSILON = (0.9, 0.99), 1e-12
@@ -122,7 +122,7 @@ def _best(
     times = group_times(program, timesteps) if stage.range_network else None
     trained = variables(program, stage.latent, stage.adapters, times, seed, stage.widest, svd=stage.svd)
     kept = Kept(key(program, trained, stage, seed, *calls), session)
-    worth = None if judge is None else lambda best: judge(applied(program, trained, best))
+    worth = None if judge is None else lambda best: judge(tried(program, trained, best))
     state = descend(program, trained, stage, objective, kept, session, worth)
     return applied(program, trained, state.best), outcome_of(stage, state)
 

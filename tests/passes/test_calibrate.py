@@ -13,6 +13,7 @@ from mpq_compiler.ir.program import PARAMETERS, TensorStore
 from mpq_compiler.passes.calibrate import Calibrate
 from mpq_compiler.pipeline import manager, parser
 from mpq_compiler.pipeline.session import Session
+from mpq_compiler.quantization.between_times import between
 from mpq_compiler.quantization.requests import Requests
 from mpq_compiler.quantization.statistics import CALIBRATION, GRAM, MOMENTS, PART, RANGE, VALUES, collect, input_rows
 from mpq_compiler.support.errors import UserError
@@ -51,12 +52,32 @@ def test_rows_are_what_the_weight_multiplies(name):
 def test_moments():
     program = programs.after("unet2d", "calibrate")
     calibration = program.facts[CALIBRATION]
-    name = "time_embedding_linear_1"
+    name = "mid_block_attentions_0_to_q"
     values = {}
     run(program, calibration.inputs, lambda node, value: values.__setitem__(node.name, value))
-    x = values[program.node(name).args[0].name]
+    x = values[program.node(name).args[0].name].flatten(0, 1)
     assert torch.allclose(calibration.grams[name], x.T @ x / len(x), atol=1e-5)
     assert torch.allclose(calibration.means[name], x.mean(0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "timed"),
+    [
+        ("unet2d", "time_embedding_linear_1"),
+        ("unet2d", "down_blocks_0_resnets_0_time_emb_proj"),
+        ("dit", "transformer_blocks_0_norm1_linear"),
+    ],
+)
+def test_moments_of_what_sees_the_time_alone_are_those_between_the_recorded_times(model, timed):
+    """Embeddings of the time, and of classes with it, are taken at many times, not at the few that were recorded."""
+    program = programs.after(model, "calibrate")
+    calibration, values = program.facts[CALIBRATION], {}
+    inputs = between(calibration.inputs)
+    assert len(inputs["timestep"].unique()) > 10 * len(calibration.timesteps.unique())
+    run(program, inputs, lambda node, value: values.__setitem__(node.name, value))
+    x = values[program.node(timed).args[0].name]
+    torch.testing.assert_close(calibration.grams[timed], x.T @ x / len(x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(calibration.means[timed], x.mean(0), atol=1e-5, rtol=1e-4)
 
 
 def test_only_what_is_asked_for_is_collected():
