@@ -7,9 +7,10 @@ recipe and without. Quality is the teacher-forced SQNR of the simulated program 
 `mpqc compile` judges by: of W8A8 about 34 dB, which the 8-bit activations allow. The example layer is the largest.
 
 Layers of all three denoisers stand for themselves in formats of up to 3 bits and what these store beside codes: the
-output of each on calibration's inputs in float over its error, with GPTQ alone and with scales searched behind it, as
-in the default recipe; means in dB over layers of `LEAST` numbers and more. Entropy-coded weights of 2.24 bits are held
-against the best mixture of two of the other formats. --docs writes both tables between the marks of docs/formats.md.
+output of each on calibration's inputs in float over its error, with GPTQ alone, with scales searched behind it, and
+along several paths on top of that, as in the default recipe; means in dB over layers of `LEAST` numbers and more.
+Entropy-coded weights of 2.24 bits are held against the best mixture of two of the other formats. --docs writes both
+tables between the marks of docs/formats.md.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ BACK = "bit-allocation{{uniform={}}},insert-fake-quant,residual-branch,low-rank,
 RATES = ("1", "1.25", "1.7", "2.1", "2.24", "2.5", "3", "4")
 SPELLED = ("int4g32", "nf4g64", "int4+r4", "int4+r16", *(f"ec{rate}" for rate in RATES))
 METHODS = ("nearest", "gptq")
-LAYER_METHODS = (Rounding.GPTQ, Rounding.GPTQ_SCALES)
+LAYER_METHODS = {
+    Rounding.GPTQ: "codes by GPTQ",
+    Rounding.GPTQ_SCALES: "scales searched",
+    Rounding.GPTQ_PATHS: "and along several paths",
+}
 LEAST = 4000
 """Numbers of a weight that is one of these layers: of smaller ones tables and histograms are most bytes."""
 MOST_BITS = 3.3
@@ -117,7 +122,7 @@ def measure_layers(model: str, names: Sequence[str], done: Callable[[dict[str, A
             row: dict[str, Any] = {"model": model, "format": name, "bits": bits, "layers": len(layers)}
             for rounding in LAYER_METHODS:
                 row[rounding] = statistics.mean(_snr_db(layer, name, rounding) for layer in layers)
-            decibels = f"gptq {row[Rounding.GPTQ]:.1f} dB  scales searched {row[Rounding.GPTQ_SCALES]:.1f} dB"
+            decibels = "  ".join(f"{how} {row[rounding]:.1f} dB" for rounding, how in LAYER_METHODS.items())
             print(f"{model}  {name:10} {bits:.2f} bits  {decibels}", flush=True)
             done(row)
 
@@ -146,22 +151,23 @@ def claim(rows: Sequence[dict[str, Any]], model: str) -> str | None:
         return None
     own = of_format[CLAIMED]
     best = [mixture([(row["bits"], row[rounding]) for row in others], own["bits"]) for rounding in LAYER_METHODS]
-    gained = [f"{own[r] - db:+.1f} dB to {db:.1f}" for r, db in zip(LAYER_METHODS, best, strict=True)]
-    return (
-        f"{model}, {own['bits']:.2f} bits a number of {own['layers']} layers: {own[Rounding.GPTQ]:.1f} dB, {gained[0]} "
-        f"of the best mixture of other formats, {gained[1]} where their scales are searched"
+    gained = ", ".join(
+        f"{how} {own[rounding]:.1f} dB, {own[rounding] - db:+.1f} to {db:.1f}"
+        for (rounding, how), db in zip(LAYER_METHODS.items(), best, strict=True)
     )
+    layers = f"{own['layers']} layers of {own['bits']:.2f} bits a number"
+    return f"{model}, {layers}, to the best mixture of other formats: {gained}"
 
 
 def table_of_layers(rows: Sequence[dict[str, Any]]) -> str:
-    """In Markdown: bits of the layers of every model, and their SNR without and with a search of scales."""
+    """In Markdown: bits of the layers of every model, and their SNR by every way to choose codes."""
     found = {(row["model"], row["format"]): row for row in rows}
     least = {name: min(row["bits"] for row in rows if row["format"] == name) for _, name in found}
     names = sorted(least, key=lambda name: (least[name], name))
 
     def cell(model: str, name: str) -> str:
         row = found.get((model, name))
-        return f"{row['bits']:.2f}: {row[Rounding.GPTQ]:.1f}, {row[Rounding.GPTQ_SCALES]:.1f}" if row else ""
+        return f"{row['bits']:.2f}: {', '.join(f'{row[rounding]:.1f}' for rounding in LAYER_METHODS)}" if row else ""
 
     lines = [[f"`{name}`", *(cell(model, name) for model in MODELS)] for name in names]
     return documents.table(["format", *(f"`{model}`, bits: dB" for model in MODELS)], lines)

@@ -48,21 +48,29 @@ class RoundWeights(Pass):
     """How codes are chosen. Residual branches follow it, and so does what `sensitivity` measures, with GPTQ in place
     of learned rounding."""
     order: bool = True
-    """Whether GPTQ takes inputs of large second moment first, or as they stand."""
+    """Whether GPTQ takes inputs in the order of the least error, or as they stand."""
     scales: bool = False
-    """Whether of several scales of a row that is taken which is best behind GPTQ, in weights of up to a million numbers
-    and in formats whose rows have one scale each, below 8 bits."""
+    """Whether behind GPTQ the scale of a row becomes that by which its output is as loud as it was, in formats below 8
+    bits whose rows have one scale each. In weights of up to a million numbers the best of several is taken to choose
+    codes by."""
+    paths: bool = False
+    """Whether, in weights of up to a million numbers, GPTQ keeps the best eight sequences of codes of a row while it
+    chooses them, in place of one; needs ``scales``."""
 
     def __post_init__(self) -> None:
         if self.scales and (self.method != "gptq" or not self.order):
             raise UserError("round-weights{scales=true} searches scales behind GPTQ in order: add method=gptq")
+        if self.paths and not self.scales:
+            raise UserError("round-weights{paths=true} comes on top of searched scales: add scales=true")
 
     @property
     def rounding(self) -> Rounding:
-        """The method, and its order."""
+        """The method, its order, and what it searches."""
         if self.method == "gptq":
-            searched = Rounding.GPTQ_SCALES if self.scales else Rounding.GPTQ
-            return searched if self.order else Rounding.GPTQ_IN_ORDER
+            if not self.order:
+                return Rounding.GPTQ_IN_ORDER
+            searched = Rounding.GPTQ_PATHS if self.paths else Rounding.GPTQ_SCALES
+            return searched if self.scales else Rounding.GPTQ
         return Rounding(self.method)
 
     def requests(self) -> Requests:
@@ -72,9 +80,10 @@ class RoundWeights(Pass):
     def demand(self, asked: Asked) -> Demand:
         sizes = asked.sizes
         corrected = Demand(traffic=60 * sizes.numbers, disk=sizes.numbers)
-        if asked.rounded:
-            return corrected
-        return corrected + fitting(sizes.layers, [formats.get(asked.uniform or USUAL)], self.rounding)
+        rounding = self.rounding
+        known = rounding.quick if asked.rounded else None  # fits by which the plan was measured
+        layers = [x for x in sizes.layers if known is None or rounding.of_size(x.numbers) != known.of_size(x.numbers)]
+        return corrected + fitting(layers, [formats.get(asked.uniform or USUAL)], rounding)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()

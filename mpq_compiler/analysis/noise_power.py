@@ -78,7 +78,7 @@ def inputs_held(program: Program) -> int:
 def measurement_key(program: Program, inputs: dict[str, Tensor], count: int, device: str = "cpu") -> str:
     """The cache key of noise powers on ``count`` inputs: a digest of all that they depend on but the change itself."""
     gains, where = program.facts.get(TIME_GAINS, ""), "" if device == "cpu" else f" {device}"
-    return fingerprint(program, inputs, f"4 {min(count, inputs_held(program))}{gains}{where}")
+    return fingerprint(program, inputs, f"7 {min(count, inputs_held(program))}{gains}{where}")
 
 
 def noise_of_program(program: Program, changed: Program, inputs: int, context: RunContext) -> float:

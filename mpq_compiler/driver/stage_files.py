@@ -1,8 +1,9 @@
 """The program before its budget, in the cache: another budget of the same model begins there.
 
 Nothing before sensitivities depends on what a plan may take: rewrites, calibration and time groups are the same for
-every budget. A program is a folder with a file for each large tensor, and one that is written last and has the rest
-(`ir.parcels`). The model's own tensors are left out, for whoever asks has them.
+every budget. A program is a folder with a file for each large tensor, named by its content, and one that is written
+last and has the rest (`ir.parcels`) and these names: compilations that write one program at a time leave no mixture.
+The model's own tensors are left out, for whoever asks has them.
 """
 
 from __future__ import annotations
@@ -11,11 +12,9 @@ import dataclasses
 import itertools
 import logging
 import os
-import pickle
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -33,7 +32,7 @@ from mpq_compiler.support import cache
 
 KIND = "stages"
 REST = "program"
-"""The file with all but the large tensors."""
+"""The file with all but the large tensors, whose names are its first line."""
 LEAST_SECONDS = 3.0
 """The CPU seconds from which on a program is kept."""
 MOST = 16 << 30
@@ -67,25 +66,21 @@ class StageFiles:
         wanted = dataclasses.replace(session.requests, statistics=frozenset()), sorted(session.requests.statistics)
         of_session = wanted, session.seed, session.steps, session.device
         graph, tensors = statistics.content(before)
-        about = f"stages 1 {parcels.identity()} {[*passes]} {used} {of_session} {before.model} {before.inputs}"
+        about = f"stages 2 {parcels.identity()} {[*passes]} {used} {of_session} {before.model} {before.inputs}"
         self.place = cache.folder(session.cache) / KIND / cache.digest(about, text, drawn, given, graph, tensors)
 
     def load(self) -> tuple[Program, float] | None:
         """The program, and the CPU seconds that it took; None where there is none that is whole."""
-        if (stream := cache.read(self.place / REST)) is None:
+        if (rest := cache.read(self.place / REST)) is None:
             return None
+        names, _, stream = rest.partition(b"\n")
         large = []
-        for number in itertools.count():
-            if not (path := self._tensor(number)).exists():
-                break
-            if (content := cache.read(path)) is None:
+        for name in names.decode().split():
+            if (content := cache.read(self.place / name)) is None:
                 return None
             held = scratch.kept(torch.from_numpy(np.frombuffer(bytearray(content), np.uint8)))
             large.append(held.numpy())
-        try:
-            found = cast(tuple[Program, float], parcels.unpack(stream, large, known=self.known))
-        except (IndexError, KeyError, pickle.UnpicklingError):  # a file was deleted
-            return None
+        found = cast(tuple[Program, float], parcels.unpack(stream, large, known=self.known))
         os.utime(self.place)
         return found
 
@@ -102,14 +97,14 @@ class StageFiles:
         if size > MOST or shutil.disk_usage(self.place.parent).free < SPARED * size:
             _logger.info("the program before its budget is not kept: it takes %.1f GB", size / 1e9)
             return False
-        for number, tensor in enumerate(large):
-            cache.write(self._tensor(number), parcels.memory(tensor).tobytes())
-        cache.write(self.place / REST, stream)
+        names = []
+        for tensor in large:
+            content = parcels.memory(tensor).tobytes()
+            names.append(cache.digest(content))
+            cache.write(self.place / names[-1], content)
+        cache.write(self.place / REST, " ".join(names).encode() + b"\n" + stream)
         self._evict()
         return True
-
-    def _tensor(self, number: int) -> Path:
-        return self.place / f"tensor-{number}"
 
     def _evict(self) -> None:
         """Deletes the programs that nobody used for longest, until the others fit."""

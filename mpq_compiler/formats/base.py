@@ -139,7 +139,7 @@ class Format(ABC):
 
     @property
     def by_row(self) -> bool:
-        """Whether a row is quantized alike with any other rows beside it, so that some rows can stand for all."""
+        """Whether some rows can stand for all: each is quantized alike with any beside it, or as in the given whole."""
         return True
 
     @property

@@ -130,6 +130,19 @@ def codes_at_places(lut: Tensor) -> Tensor:
     return order.gather(1, torch.searchsorted(twice, place)).to(torch.uint8)
 
 
+def second_levels_at_places(lut: Tensor) -> Tensor:
+    """The second nearest levels to the values of each place (`places`), f32 [classes, `PLACES`]; or infinity.
+
+    They are the same for all values of a place, as the nearest one is.
+    """
+    levels, _ = rising(lut)
+    middle = torch.arange(-2 * LUT_MAX, 2 * LUT_MAX + 2, dtype=torch.float32, device=lut.device) / 2 - 0.25
+    others = levels[:, 1:].where(levels[:, 1:] != levels[:, :-1], torch.inf)  # FP4 has 0 twice
+    found = torch.cat([levels[:, :1], others, levels.new_full((len(levels), 1), torch.inf)], 1)
+    away = (found[:, None, :] - middle[:, None]).abs()
+    return found.gather(1, away.topk(2, 2, largest=False, sorted=True).indices[..., 1])
+
+
 def rising(lut: Tensor) -> tuple[Tensor, Tensor]:
     """Sorts the levels of tables [classes, entries]: returns them in rising order, f32, and their codes, i64.
 

@@ -93,15 +93,19 @@ class EntropyFormat(Format):
         """Chooses codes at the least step whose chosen codes fit: they take more bits than the nearest ones."""
         return rounded_together([self], rows, choose)[0]
 
-    def _search(self, rows: _Spread, some: _Spread) -> Generator[_Asked, Sequence[Fit], Fit | None]:
+    def _search(self, rows: _Spread, some: _Spread, part: bool) -> Generator[_Asked, Sequence[Fit], Fit | None]:
         """Searches for the step: asks for fits with chosen codes, and returns that of all rows, or None.
 
         How many more bits chosen codes take than the nearest hardly depends on the step, and in a large weight some
-        rows show it.
+        rows show it. Where these are all that is wanted, a ``part``, it returns theirs.
         """
         most = self.coded_bytes(rows.of.numel())
         places = [self._place(rows, most) + ahead * self.rate**-1.5 for ahead in AHEAD]
         more = self._more(some, places, (yield [self.at(some.of, 2**place) for place in places], some.of))
+        if part:
+            step = 2 ** self._place(rows, most * (1 - CLOSE / 2), more)
+            (chosen,) = yield [self.at(some.of, step)], some.of
+            return chosen
         margins = (0.0, 0.5, 1.5) if some is rows else (0.5,)  # of few rows walks take as long as one
         best: Fit | None = None
         for attempt in range(TRIES):
@@ -220,17 +224,20 @@ _Asked = tuple[list[QuantizedWeight], Tensor]
 """Fits whose codes are to be chosen, and the rows that they are of."""
 
 
-def rounded_together(formats: Sequence[EntropyFormat], rows: Tensor, choose: Choose) -> list[Fit]:
+def rounded_together(
+    formats: Sequence[EntropyFormat], rows: Tensor, choose: Choose, within: Tensor | None = None
+) -> list[Fit]:
     """Fits rows [O, K] in several formats with chosen codes, as `EntropyFormat.rounded` does in each.
 
     ``choose`` has the fits of all formats in one walk, as long as they are few numbers. Where no chosen codes fit, they
-    are the nearest ones.
+    are the nearest ones. Of rows that stand for those of a weight ``within``, the step is that of the whole weight.
     """
-    whole = _Spread.over(rows)
+    whole = _Spread.over(rows if within is None else within)
     stride = max(1, rows.numel() // SAMPLE)
-    some = whole if stride == 1 else _Spread.over(rows[::stride].contiguous())
+    part = within is not None
+    some = whole if stride == 1 and not part else _Spread.over(rows if part else rows[::stride].contiguous())
     found: dict[int, Fit] = {}
-    searches = [format_._search(whole, some) for format_ in formats]
+    searches = [format_._search(whole, some, part) for format_ in formats]
     asked = {number: next(search) for number, search in enumerate(searches)}
     while asked:
         over = next(iter(asked.values()))[1]

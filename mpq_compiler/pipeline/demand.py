@@ -127,6 +127,10 @@ TRIAL = 100
 """Bytes of traffic that stand for a number of a weight being quantized and compared."""
 F64 = 2
 """How much longer a product takes in f64."""
+ORDERED = 4
+"""How much longer second moments take to be factorized where the order of columns is found first, of a thousand."""
+PATH = 600
+"""Bytes of traffic that stand for a number of a weight being given a code on one of several paths."""
 CALLS_OF_COLUMN = 2.5
 """Calls of operators whose time GPTQ takes for a column of a weight in a walk over them, few rows of all formats."""
 CALLS_OF_SEARCH = 400
@@ -154,10 +158,12 @@ def fitting(layers: Sequence[LayerSize], chosen: Sequence[Format], rounding: Rou
         beside = SKETCH if layer.columns > 2 * SKETCH else layer.columns
         work = Demand(products=numbers * trials * beside if gptq else 0, traffic=numbers * trials * TRIAL)
         if gptq:
-            factors = F64 * blocks * block**3 / 3
+            factors = F64 * ORDERED * blocks * block**3 / 3
             walked = len(chosen) * numbers * block * 2.5  # half of the columns behind each, and two errors by moments
             calls = CALLS_OF_COLUMN * walks * layer.columns + CALLS_OF_SEARCH * searched
-            work += Demand(products=factors + walked, calls=calls)
+            along = rounding.of_size(layer.numbers).paths
+            paths = numbers * sum(f.walks for f in chosen) * along * PATH if along > 1 else 0
+            work += Demand(products=factors + walked, calls=calls, traffic=paths)
         held = 4 * layer.numbers + (10 if gptq else 2) * numbers * (1 if rows == layer.rows else len(chosen))
         found += work + Demand(held=THREAD + held + (5 * 8 * block**2 if gptq else 0))
     return found

@@ -37,7 +37,7 @@ class FitFiles(KeptFiles[Fit]):
             rounding: how codes are chosen.
         """
         given = TensorStore({str(i): part for i, part in enumerate((weight, *moments)) if part is not None})
-        about = f"fit 2 {format_name} {formats.version(format_name)} {rounding} {arithmetic()}"
+        about = f"fit 4 {format_name} {formats.version(format_name)} {rounding} {arithmetic()}"
         return self.use(cache.digest(about, given.content(given)))
 
     def _loaded(self, place: Path) -> tuple[Fit, float]:

@@ -2,15 +2,17 @@
 
 Frantar 2022, "GPTQ: accurate post-training quantization for generative pre-trained transformers" (arXiv 2210.17323),
 on any table of the weight contract, in the form of LDLQ (Chee 2023, "QuIP", arXiv 2307.13304, theorem 6), which chooses
-the same codes and needs no inverse. Activation order, largest second moment first (``act_order`` in the authors' code),
-orders the columns alone: codes stay where they are.
+the same codes and needs no inverse. The order in which columns are taken (`_last_first`) is theirs alone: codes stay
+where they are. Along several paths (`quantization.paths`) a row keeps more than one sequence of codes as it goes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import QuantizedWeight, errors_of_rows
 from mpq_compiler.ir import scratch
+from mpq_compiler.quantization.paths import Walk, best_entries
 from mpq_compiler.support.memo import last_result
 
 BLOCK = 128
@@ -29,7 +32,12 @@ DAMPING = 0.01
 
 
 def gptq(
-    rows: Tensor, nearest: QuantizedWeight, gram: Tensor, order: bool = True, damping: float = DAMPING
+    rows: Tensor,
+    nearest: QuantizedWeight,
+    gram: Tensor,
+    order: bool = True,
+    damping: float = DAMPING,
+    paths: int = 1,
 ) -> QuantizedWeight:
     """Chooses codes by GPTQ; rows keep the nearest codes where GPTQ's have no smaller output error.
 
@@ -38,18 +46,24 @@ def gptq(
         nearest: its fit with the nearest codes.
         gram: the second moments of the layer's input, whole [K, K] or in blocks along the diagonal [J, B, B]: no error
             is compensated outside its block.
-        order: whether columns go by descending second moment, else as they stand.
+        order: whether columns are taken in the order of the least error, else as they stand.
         damping: what is added to the gram's diagonal, relative to its mean.
+        paths: the sequences of codes that each row keeps while columns are taken.
 
     Returns:
         The fit with other codes; scales, offsets and tables stay.
     """
-    (found,) = gptq_of_formats(rows, [nearest], gram, order, damping)
+    (found,) = gptq_of_formats(rows, [nearest], gram, order, damping, paths)
     return found
 
 
 def gptq_of_formats(
-    rows: Tensor, fits: Sequence[QuantizedWeight], gram: Tensor, order: bool = True, damping: float = DAMPING
+    rows: Tensor,
+    fits: Sequence[QuantizedWeight],
+    gram: Tensor,
+    order: bool = True,
+    damping: float = DAMPING,
+    paths: int = 1,
 ) -> list[QuantizedWeight]:
     """Chooses the codes of several fits of the same rows as `gptq` does, in one walk over the columns.
 
@@ -60,8 +74,8 @@ def gptq_of_formats(
     every = rows if len(fits) == 1 else rows.repeat(len(fits), 1)
     codes = torch.empty(every.shape, dtype=fits[0].codes.dtype if len(fits) == 1 else torch.int16)
     updates = _updates(gram, order, damping)
-    for (permutation, upper), part in zip(updates, torch.arange(rows.shape[1]).chunk(len(updates)), strict=True):
-        _block(every, part[permutation], upper, quantizer, codes)
+    for update, part in zip(updates, torch.arange(rows.shape[1]).chunk(len(updates)), strict=True):
+        _block(every, part[update.order], update, quantizer, codes, paths)
     made = dict(zip(ranked, codes.chunk(len(fits)), strict=True))
     found = [dataclasses.replace(fit, codes=made[i].to(fit.codes.dtype)) for i, fit in enumerate(fits)]
     errors = zip(errors_of_rows(fits, rows, gram), errors_of_rows(found, rows, gram), strict=True)
@@ -72,32 +86,53 @@ def gptq_of_formats(
     ]
 
 
-def _block(rows: Tensor, columns: Tensor, upper: Tensor, quantizer: _Columns, codes: Tensor) -> None:
+@dataclass(frozen=True)
+class _Update:
+    """What a block of second moments says of its columns."""
+
+    order: Tensor
+    """The columns in the order in which they are taken, i64 [B]."""
+    carried: Tensor
+    """The matrix U [B, B] that carries a column's error to those behind it, f32."""
+    cost: Tensor
+    """What the square of the error that a column is left with costs, f32 [B]."""
+
+
+def _block(rows: Tensor, columns: Tensor, update: _Update, quantizer: _Columns, codes: Tensor, paths: int) -> None:
     """Writes the codes of the columns of one block, which are given in the order in which they are chosen.
 
     The error of a row is ``|e V|^2``, e its departure from the codes. A column adds ``(e_i + sum_j<i e_j U_ji)^2``,
     times a constant, U being V with a diagonal of ones: so each takes up what those before it have left.
     """
-    left = rows.index_select(1, columns)
+    left, upper = rows.index_select(1, columns), update.carried
     for start in range(0, len(columns), BLOCK):
         end = min(start + BLOCK, len(columns))
         here, carried = columns[start:end], upper[start:end, start:end]
         # columns as rows, which lie in memory one after the other
         part, given = (x.T.contiguous() for x in (left[:, start:end], rows.index_select(1, here)))
-        steps, scales = torch.empty_like(part), quantizer.scales(here)
-        # NumPy's view of them: of few rows a step takes the time of its calls, and NumPy's take a third of torch's
-        walked = zip(part.numpy(), scales.numpy(), steps.numpy(), given.numpy(), strict=True)
-        for i, (values, scale, in_steps, departure) in enumerate(walked):
-            departure -= quantizer.level(values, scale, in_steps)
-            part[i + 1 :].addr_(carried[i, i + 1 :], given[i])
+        scales = quantizer.scales(here)
+        if paths > 1:
+            walk = Walk(part, given, scales, quantizer.offset, carried, update.cost[start:end])
+            steps = best_entries(walk, quantizer.nearest_two, paths)
+            given -= walk.levels(steps, scales)
+        else:
+            steps = torch.empty_like(part)
+            # NumPy's view of them: of few rows a step takes the time of its calls, and NumPy's take a third of torch's
+            walked = zip(part.numpy(), scales.numpy(), steps.numpy(), given.numpy(), strict=True)
+            for i, (values, scale, in_steps, departure) in enumerate(walked):
+                departure -= quantizer.level(values, scale, in_steps)
+                part[i + 1 :].addr_(carried[i, i + 1 :], given[i])
         codes[:, here] = quantizer.codes(steps).T.to(codes.dtype)
         left[:, end:] += given.T @ upper[start:end, end:]
 
 
 @last_result  # one layer is rounded to many formats, one after the other
-def _updates(gram: Tensor, order: bool, damping: float) -> list[tuple[Tensor, Tensor]]:
-    """The order of a block's columns, and the matrix U [B, B] that carries a column's error to those behind it."""
-    return [(own, scratch.kept(_carried(root))) for own, root in roots(gram, order, damping)]
+def _updates(gram: Tensor, order: bool, damping: float) -> list[_Update]:
+    """What the blocks of second moments say of their columns."""
+    return [
+        _Update(own, scratch.kept(_carried(root)), root.diagonal().float().square())
+        for own, root in roots(gram, order, damping)
+    ]
 
 
 def _carried(root: Tensor) -> Tensor:
@@ -111,16 +146,44 @@ def roots(gram: Tensor, order: bool, damping: float) -> list[tuple[Tensor, Tenso
 
     Args:
         gram: [K, K], or in blocks along the diagonal [J, B, B].
-        order: whether columns go by descending second moment, else as they stand.
+        order: whether columns are taken in the order of the least error, else as they stand.
         damping: what is added to the diagonal, relative to its mean.
     """
     found = []
     for block in gram if gram.dim() == 3 else gram[None]:
-        own = torch.argsort(block.diagonal(), descending=True, stable=True) if order else torch.arange(len(block))
-        turned = own.flip(0)  # the root of the last column first, turned itself, is upper
+        # the root of the last column first, turned itself, is upper
+        turned = _last_first(block, damping) if order else torch.arange(len(block)).flip(0)
         lower = cholesky(block[turned][:, turned].double(), damping)
-        found.append((own, scratch.kept(lower.flip(0, 1))))
+        found.append((turned.flip(0), scratch.kept(lower.flip(0, 1))))
     return found
+
+
+def _last_first(gram: Tensor, damping: float) -> Tensor:
+    """The columns of a gram [K, K], the one that is taken last first, i64 [K].
+
+    What a column costs is the variance of its input that those behind it leave unexplained. The product of these does
+    not depend on the order, so that their sum is least where they are alike: the last column is that of the least
+    variance, the one before it that of the least variance behind it, and so on (Wubben 2001, "Efficient algorithm for
+    decoding layered space-time codes", the sorted QR decomposition). Activation order, largest second moment first
+    (``act_order`` in the authors' code of GPTQ), is this without what columns explain of each other.
+    """
+    left = gram.numpy().astype(np.float64)  # of the columns that are left, as those taken explain them
+    least = max(damping * np.diag(left).mean(), float(np.finfo(np.float32).tiny))
+    variance = np.diag(left) + least
+    np.fill_diagonal(left, variance)
+    order = []
+    for start in range(0, len(left), BLOCK):
+        explained = np.zeros((min(BLOCK, len(left) - start), len(left)))
+        for i, row in enumerate(explained):
+            last = int(np.argmin(variance.astype(np.float32)))  # rounding errors decide nothing
+            order.append(last)
+            np.subtract(left[last], explained[:i, last] @ explained[:i], out=row)
+            # less than the damping is left where rounding errors made the gram indefinite: it explains nothing
+            row *= row[last] ** -0.5 if row[last] > least / 2 else 0.0
+            variance -= row * row
+            variance[last] = np.inf
+        left -= explained.T @ explained
+    return torch.tensor(order)
 
 
 def cholesky(gram: Tensor, damping: float) -> Tensor:
@@ -160,9 +223,15 @@ class _Columns:
             self.first = (first * contract.PLACES).to(torch.int32)
             """Where the places of each row's table begin, i32."""
             self.zero = (self.first + contract.ZERO_PLACE).float().numpy()
-            known = [(lut, contract.codes_at_places(lut)) for lut, _ in tables]
+            self.luts = [lut for lut, _ in tables]
+            known = [(lut, contract.codes_at_places(lut)) for lut in self.luts]
             self.known = torch.cat([codes for _, codes in known]).flatten()
             self.levels = torch.cat([lut.float().gather(1, codes.long()) for lut, codes in known]).flatten().numpy()
+
+    @functools.cached_property
+    def seconds(self) -> Tensor:
+        """The second nearest levels to the values of each place; one path needs none."""
+        return torch.cat([contract.second_levels_at_places(lut) for lut in self.luts]).flatten()
 
     def scales(self, columns: Tensor) -> Tensor:
         """The scales of some columns, f32 [columns, O]."""
@@ -187,8 +256,22 @@ class _Columns:
             entry += offset.numpy()
         return entry
 
+    def nearest_two(self, some: slice, in_steps: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest and the second nearest entries to values [P, O'] of some rows, in steps."""
+        plain = max(0, min(self.plain, some.stop) - some.start)
+        values, tabled = in_steps[:, :plain], in_steps[:, plain:]
+        first = values.round().clamp_(-contract.LUT_MAX, contract.LUT_MAX)
+        second = first + torch.where(values >= first, 1.0, -1.0)
+        second.masked_fill_(second.abs() > contract.LUT_MAX, torch.inf)
+        if not tabled.shape[1]:
+            return first, second
+        place = contract.places(tabled) + self.first[max(0, some.start - self.plain) :][: tabled.shape[1]]
+        near = (torch.from_numpy(self.levels), self.seconds)
+        levels, seconds = (x.index_select(0, place.flatten()).view(place.shape) for x in near)
+        return torch.cat([first, levels], 1), torch.cat([second, seconds], 1)
+
     def codes(self, in_steps: Tensor) -> Tensor:
-        """The codes [columns, O] of what `level` has written."""
+        """The codes [columns, O] of what `level` has written, or of entries."""
         plain, tabled = in_steps[:, : self.plain], in_steps[:, self.plain :]
         found = [torch.round(plain).clamp_(-contract.LUT_MAX, contract.LUT_MAX).to(torch.int16)]
         if tabled.shape[1]:

@@ -262,9 +262,28 @@ def test_the_search_of_ranges_takes_one_after_the_other(shape, monkeypatch):
         assert all(torch.equal(f, e) for f, e in zip(found, (scale, zero, least), strict=True))
 
 
-def test_the_error_is_that_of_the_quantizer():
+@pytest.mark.parametrize("bits", [6, 8])
+def test_the_error_is_that_of_the_quantizer(bits):
+    """Below 8 bits what is missing along the values themselves counts more."""
     values = torch.randn(1, 300, generator=torch.Generator().manual_seed(0))
-    scale, zero = activation.parameters(values.min(), values.max() / 2, 6)
-    y = ops.fake_quantize(values, scale[None], zero[None], torch.zeros(1).long(), 6)
-    expected = float((values - y).square().sum())
-    assert float(activation.error(values[0], scale, zero, 6)) == pytest.approx(expected, rel=1e-3)
+    scale, zero = activation.parameters(values.min(), values.max() / 2, bits)
+    y = ops.fake_quantize(values, scale[None], zero[None], torch.zeros(1).long(), bits)
+    squared, missing = float((values - y).square().sum()), 1 - float((values * y).sum() / values.square().sum())
+    coherent = activation.COHERENT * missing**2 * float(values.square().sum()) if bits < 8 else 0
+    assert missing > 0.01 and float(activation.error(values[0], scale, zero, bits)) == pytest.approx(
+        squared + coherent, rel=1e-3
+    )
+
+
+def test_ranges_leave_a_tensor_as_loud_as_it_was(monkeypatch):
+    """Those of least squared error alone take half as much again off it, in 4 bits."""
+    values = torch.randn(20000, generator=torch.Generator().manual_seed(1))
+
+    def missing() -> float:
+        scale, zero, _ = activation.fit(values, values.min(), values.max(), 4)
+        y = ops.fake_quantize(values[None], scale[None], zero[None], torch.zeros(1).long(), 4)
+        return 1 - float((values * y).sum() / values.square().sum())
+
+    loud = missing()
+    monkeypatch.setattr(activation, "COHERENT", 0.0)
+    assert 0 < 1.5 * loud < missing()

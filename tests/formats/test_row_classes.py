@@ -233,7 +233,7 @@ def test_wrong_rows_are_refused():
 
 # --- programs -------------------------------------------------------------------------------------------------
 
-MODEL = "unet2d"
+MODEL = "dit"
 
 
 @pytest.fixture(scope="module", params=["int2m", "int3m", "int2m+b"])

@@ -69,6 +69,18 @@ def test_scales_and_tables_stay_and_codes_are_those_of_the_table(name):
     assert int(found.codes.to(torch.int16).min()) >= (-127 if start.lut is None else 0)
 
 
+def least_first(g: Tensor, damping: float = 0.01) -> list[int]:
+    """The order of the least error: from the end, each is the input that those behind it leave least of unexplained."""
+    hessian = g.double() + torch.eye(len(g)) * damping * g.double().diagonal().mean()
+    order: list[int] = []
+    while len(order) < len(g):
+        rest = [column for column in range(len(g)) if column not in order]
+        across = hessian[rest][:, order]
+        explained = (across @ torch.linalg.inv(hessian[order][:, order]) * across).sum(1) if order else 0
+        order.insert(0, rest[int((hessian.diagonal()[rest] - explained).argmin())])
+    return order
+
+
 def plain(w: Tensor, start: QuantizedWeight, g: Tensor, order: list[int], damping: float = 0.01) -> Tensor:
     """The levels that optimal brain quantization in a given order chooses, inverting what is left each time."""
     hessian = g.double() + torch.eye(len(g)) * damping * g.double().diagonal().mean()
@@ -92,7 +104,7 @@ def plain(w: Tensor, start: QuantizedWeight, g: Tensor, order: list[int], dampin
 def test_it_is_the_plain_algorithm(name, ordered):
     w, g = weight(12, 24), gram(24)
     start = nearest(name, w, g)
-    order = g.diagonal().argsort(descending=True).tolist() if ordered else list(range(24))
+    order = least_first(g) if ordered else list(range(24))
     expected = plain(w, start, g, order)
     better = output_error(expected - w, g) < output_error(start.dequantize() - w, g)
     found = gptq(w, start, g, ordered).dequantize()
@@ -161,6 +173,17 @@ def test_formats_in_one_walk_have_the_codes_of_their_own(order):
         assert apart < 0.005
         before, after = errors(w, g, one, other)
         assert torch.allclose(before.sum(), after.sum(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [5, 130, 201])
+def test_the_order_is_that_of_the_least_error(columns):
+    g = gram(columns, samples=3 * columns)
+    (own, root), (_, by_size) = (*roots(g, True, 0.01), *roots(g, False, 0.01))
+    assert own.tolist() == least_first(g)
+    descending = g.diagonal().argsort(descending=True)
+    ((_, other),) = roots(g[descending][:, descending], False, 0.01)
+    costs = [x.diagonal().square().sum() for x in (root, other, by_size)]
+    assert costs[0] <= 1.000001 * costs[1] and costs[0] < costs[2]
 
 
 @pytest.mark.parametrize("order", [False, True])

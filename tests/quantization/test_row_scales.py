@@ -1,4 +1,4 @@
-"""Scales of rows that are searched behind GPTQ: no row is worse for it, and no byte is added."""
+"""Scales of rows behind GPTQ: none leaves less of a row's output, of several the best is found, no byte is added."""
 
 from __future__ import annotations
 
@@ -30,19 +30,44 @@ def errors(fit, rows, gram):
     return ((wrong @ gram.double()) * wrong).sum(1)
 
 
+def loudness(fit, rows, gram):
+    """What is left of each row's output, in its own direction."""
+    along = rows.double() @ gram.double()
+    return (fit.dequantize().double() * along).sum(1) / (rows * along).sum(1)
+
+
+@pytest.mark.parametrize("way", [Rounding.GPTQ_GAINS, Rounding.GPTQ_SCALES])
+@pytest.mark.parametrize("name", SEARCHED)
+def test_rows_are_as_loud_as_they_were(name, way, layer):
+    """With codes of GPTQ by itself and with a branch's; nothing of a row without output is made louder."""
+    rows, gram = layer
+    rows[3] = 0
+    least, fit = (fit_rows(rows, name, gram, of) for of in (Rounding.GPTQ, way))
+    other = torch.arange(len(rows)) != 3
+    assert (loudness(least, rows, gram)[other] - 1).abs().max() > 5e-3
+    torch.testing.assert_close(loudness(fit, rows, gram)[other], torch.ones(39).double(), atol=2e-3, rtol=0)
+    assert torch.isfinite(fit.dequantize()).all()
+
+
+def test_a_row_that_codes_hardly_describe_is_made_little_louder(layer):
+    rows, gram = layer
+    fit = fit_rows(rows, "int2", gram, Rounding.GPTQ)
+    found = fitting._as_loud(fit, 10 * rows, 10 * rows @ gram)
+    torch.testing.assert_close(found.scale.float(), fitting.LOUDER * fit.scale.float(), rtol=1e-3, atol=0)
+
+
 @pytest.mark.parametrize("name", SEARCHED)
 @pytest.mark.invariant("compiler-9")
-def test_no_row_is_worse_and_most_are_better(name, layer):
+def test_no_row_is_worse_for_a_search_and_most_are_better(name, layer):
     rows, gram = layer
-    plain, searched = (fit_rows(rows, name, gram, way) for way in (Rounding.GPTQ, Rounding.GPTQ_SCALES))
+    plain, searched = (fit_rows(rows, name, gram, way) for way in (Rounding.GPTQ_GAINS, Rounding.GPTQ_SCALES))
     before, after = errors(plain, rows, gram), errors(searched, rows, gram)
     assert (after <= before * (1 + 1e-5)).all() and (after < 0.99 * before).float().mean() > 0.5
     assert isinstance(plain, QuantizedWeight) and isinstance(searched, QuantizedWeight)
     for part in ("codes", "scale", "offset", "lut", "signs", "alpha", "row_class"):
         a, b = getattr(plain, part), getattr(searched, part)
         assert (a is None) == (b is None) and (a is None or (a.shape, a.dtype) == (b.shape, b.dtype))
-    ratio = searched.scale.float() / plain.scale.float()
-    assert any(((ratio - factor).abs() < 2e-3).any() for factor in fitting.SCALES if factor != 1)
+    assert (plain.codes != searched.codes).any(1).float().mean() > 0.5
 
 
 @pytest.mark.parametrize("name", ["int2", "int2m", "int2m+b"])
@@ -90,7 +115,7 @@ def test_large_weights_are_not_searched_and_neither_are_rows_that_stand_for_thei
     whole, some = Layer(rows, gram, None), torch.arange(0, len(rows), 3)
     small = whole.fit("int2", Rounding.GPTQ_SCALES)
     monkeypatch.setattr(fitting, "SEARCHED", rows.numel() - 1)
-    plain, searched = (whole.fit("int2", way) for way in (Rounding.GPTQ, Rounding.GPTQ_SCALES))
+    plain, searched = (whole.fit("int2", way) for way in (Rounding.GPTQ_GAINS, Rounding.GPTQ_SCALES))
     assert torch.equal(plain.dequantize(), searched.dequantize())
     assert not torch.equal(plain.dequantize(), small.dequantize())
     (picked,) = whole.fit_formats(["int2"], Rounding.GPTQ_SCALES, some).values()
