@@ -327,15 +327,16 @@ class _Model:
             known = highspy.HighsSolution()
             known.col_value = [float(start[u] == i) for u, i in self.picks]
             solver.setSolution(known)
-        # In a thread of its own, for Ctrl-C to end it: Python does not see the signal while it waits for C++.
+        # In a thread of its own, for Ctrl-C to end it: Python does not see the signal while it waits for C++. It is
+        # asked whether it has ended: up to Python 3.12 a join that Ctrl-C ends takes the thread for one that has.
         solver.HandleUserInterrupt = True
-        thread = solver.startSolve()
+        solver.startSolve()
         try:
-            while thread.is_alive():
-                thread.join(0.1)
+            while not solver.wait(0.1)[0]:
+                pass
         except KeyboardInterrupt:
             solver.cancelSolve()
-            thread.join()
+            solver.wait()
             raise
         status, info = solver.getModelStatus(), solver.getInfo()
         if status == highspy.HighsModelStatus.kInfeasible:
