@@ -293,7 +293,8 @@ def _within(program: Program, weight: Settled, rows: Tensor) -> Tensor:
     scale = contract.column_scale(tables.scale, tables.segments, rows.shape[1])
     offset = 0 if tables.offset is None else tables.offset.to(torch.float32)[:, None]
     if tables.lut is None:
-        low, high = codes - 0.5, codes + 0.5
+        low = (codes - 0.5).masked_fill(codes == -contract.LUT_MAX, -torch.inf)
+        high = (codes + 0.5).masked_fill(codes == contract.LUT_MAX, torch.inf)
         margin: Any = EDGE
     else:
         levels, order = rising(tables.lut)

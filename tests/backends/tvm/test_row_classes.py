@@ -64,8 +64,8 @@ def test_every_node_of_a_program_computes_what_the_reference_does(name):
 @pytest.mark.parametrize("name", ["int3m", "int2m+b"])
 def test_artifact_is_as_good_as_the_packed_program(name):
     """Which has rows of every width, and takes the bytes that were planned."""
-    emitted.test_artifact_is_as_good_as_the_packed_program("unet2d", name, "x86-64-avx2")
-    case = packed.program("unet2d", name)
+    emitted.test_artifact_is_as_good_as_the_packed_program("unet2d-class", name, "x86-64-avx2")
+    case = packed.program("unet2d-class", name)
     classes = [t for name, t in case.program.tensors.items() if name.endswith(":row_class")]
     assert sum(len(each.unique()) == 3 for each in classes) > 2
     stored = stored_tensors.stored(case.program).values()
