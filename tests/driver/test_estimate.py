@@ -141,7 +141,8 @@ def test_passes_run_in_the_jobs_that_fit(tmp_path, monkeypatch):
     model, heard, made = tiny.save("dit", tmp_path / "model"), [], {}
     options = {"recipe": "w8a8", "samples": 2, "steps": 2, "jobs": 3, "cache": tmp_path / "cache"}
     monkeypatch.setattr(estimate, "WORKER", 10**9)
-    for name, limit in (("free", "99GB"), ("limited", "3GB")):
+    limits = {"free": "99GB", "limited": f"{usage.own_memory() / 1e9 + 2.3:.1f}GB"}  # whatever tests have left here
+    for name, limit in limits.items():
         report = compile_denoiser(
             model, tmp_path / name, planned=lambda *said: heard.append(said), memory_limit=limit, **options
         )
