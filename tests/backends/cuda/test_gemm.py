@@ -213,6 +213,16 @@ def test_what_the_assembler_mends_is_said(mistake, says):
         machine_code.fatbin(device.source, target.levels)
 
 
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("segments", [(32, 32), (96, 96), (32, 64), (64, 32), (34, 2), (96, 32, 32)], ids=str)
+def test_segments_end_anywhere_in_a_step(segments, kernel):
+    """Products of `wgmma` are never one behind the other, whichever half of a step segments end in."""
+    target = targets.resolve("cuda-sm90")
+    problem = QuantMatmul(6, 5, sum(segments), 48, (kernel, kernel), segments=segments)
+    _, device = machine_code.compiled({"k": wgmma.build(problem, "k")}, target)
+    machine_code.fatbin(device.source, target.levels)  # its assembler's complaints are errors here
+
+
 @pytest.mark.parametrize("level", [100, 110, 120, 121])
 def test_machine_code_of_later_gpus(level, tmp_path):
     """The instructions of sm_80 are theirs as well; no register is spilled."""

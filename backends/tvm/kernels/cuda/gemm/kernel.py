@@ -607,13 +607,18 @@ class Kernel:
         w = self.w
         if not self.several:
             return
+        last = [first + units - 1 for first, units in zip(w.first_units, w.units, strict=True)]
+        halves = {end % (STEP // UNIT) for end in last}
+        if self.asynchronous and ks == 1 and 0 in halves:
+            # Only where each way through a step has waited at its end can ptxas see which registers products still
+            # write; it lets every product wait for the one before otherwise (its complaint C7513).
+            self._wait()
+        if ks not in halves:
+            return  # no segment ends here
         if w.even:
-            if w.units[0] % 2 == 0 and ks == 0:
-                return  # no segment ends here
             ends = tirx.all(tirx.EQ(tirx.truncmod(unit + 1, w.units[0]), 0), unit < sum(w.units))
             segment = tirx.truncdiv(unit, w.units[0])
         else:
-            last = [first + units - 1 for first, units in zip(w.first_units, w.units, strict=True)]
             ends = tirx.any(*(tirx.EQ(unit, end) for end in last))
             segment = w.of_unit(unit, range(len(w.units)))
         with T.If(ends), T.Then():
