@@ -156,7 +156,7 @@ def build(options: argparse.Namespace) -> None:
         bits(made / "bits", options.levels, tuple(options.tests), options.jobs)
         made.rename(folder)
     size = packed(folder)
-    print(f"{folder}: {size / 1e6:.1f} MB packed, {len(list((folder / 'bits').glob('*.npz')))} libraries of step 1")
+    print(f"{folder}: {size / 1e6:.1f} MB packed, {len(list((folder / 'bits').glob('*.json')))} libraries of step 1")
     if size > MOST:
         raise UserError(f"{folder} is more than the {MOST / 1e6:.0f} MB that a kit may be: build it of fewer levels")
 

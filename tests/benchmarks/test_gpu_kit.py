@@ -69,13 +69,15 @@ def test_every_call_has_its_bits(kit, tmp_path):
 def test_a_wrong_result_and_a_crash_are_told(kit, tmp_path):
     other = tmp_path / "kit"
     subprocess.run(["cp", "-r", str(kit), str(other)], check=True)
-    first, second, _ = sorted((other / "bits").glob("*.npz"))
-    with np.load(first) as stored:
-        arrays = {name: stored[name] for name in stored.files}
-    spoiled = next(name for name in arrays if name.endswith(".after"))
-    arrays[spoiled] = arrays[spoiled].copy()
-    arrays[spoiled].reshape(-1).view(np.uint8)[3] ^= 64
-    np.savez(first, **arrays)
+    first, second, _ = sorted((other / "bits").glob("*.json"))
+    told = json.loads(first.read_text())
+    results = next(call["results"] for call in told["calls"] if call["results"])
+    output, name = next(iter(results.items()))
+    wrong_one = np.load(first.parent / "arrays" / f"{name}.npy")
+    wrong_one.reshape(-1).view(np.uint8)[3] ^= 64
+    np.save(first.parent / "arrays" / "spoiled.npy", wrong_one)
+    results[output] = "spoiled"
+    first.write_text(json.dumps(told))
     second.with_suffix(".so").write_bytes(b"no library")
     done = run(other, tmp_path / "out", "--step", "1")
     assert done.returncode == 1 and "crashed" in done.stdout

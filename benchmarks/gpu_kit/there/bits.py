@@ -18,6 +18,8 @@ from mpq_compiler.targets import nvidia
 
 from . import machine
 
+ARRAYS = "arrays"
+"""Where the arrays of all libraries lie, each under the name by which calls know it."""
 PATIENCE = 60
 """Seconds that a library may take: a kernel may never end."""
 STORED = np.dtype(np.uint16)
@@ -28,13 +30,12 @@ NEXT = {STORED: 2.0**-7, np.dtype(np.float16): 2.0**-10}
 
 def fitting() -> list[Path]:
     """The libraries that have code for this machine's GPU."""
-    level = machine.facts()["level"]
-    return [path for path in sorted((machine.HERE / "bits").glob("*.npz")) if nvidia.runs(about(path)["levels"], level)]
+    level, found = machine.facts()["level"], sorted((machine.HERE / "bits").glob("*.json"))
+    return [path for path in found if nvidia.runs(about(path)["levels"], level)]
 
 
 def about(library: Path) -> dict[str, Any]:
-    with np.load(library) as arrays:
-        found: dict[str, Any] = json.loads(str(arrays["about"]))
+    found: dict[str, Any] = json.loads(library.read_text())
     return found
 
 
@@ -96,29 +97,34 @@ def calls(library: Path, first: int = 0, twice: bool = True) -> Iterator[dict[st
     """Makes the calls of a library, from the first on."""
     tensors, told = machine.Tensors(), about(library)
     compiled = machine.load().load_module(str(library.with_suffix(".so")))
-    with np.load(library) as arrays:
-        for number, call in list(enumerate(told["calls"]))[first:]:
-            given = [arrays[f"{number}.{i}"] for i in range(call["arrays"])]
-            found = []
-            for _ in range(2 if twice else 1):
-                if twice:
-                    tensors.poison()
-                there = [tensors.put(array) for array in given]
-                compiled[call["kernel"]](*there)
-                found.append([tensors.take(tensor) for tensor in there])
-            off, differ = 0.0, 0
-            for i, result in enumerate(found[0]):
-                expected = arrays[f"{number}.{i}.after"] if i in call["results"] else given[i]
-                if result.tobytes() != expected.tobytes():
-                    differ += int((_bytes(result) != _bytes(expected)).any(-1).sum())
-                    off = max(off, _error(result, expected))
-            yield {
-                "kernel": call["kernel"],
-                "same": all(a.tobytes() == b.tobytes() for a, b in zip(found[0], found[-1], strict=True)),
-                "differ": differ,
-                "off": off,
-                "bound": _bound(told["off"].get(call["kernel"], 0.0), [given[i] for i in call["results"]]),
-            }
+    for call in told["calls"][first:]:
+        given = [_array(library, name) for name in call["given"]]
+        results = {int(i): _array(library, name) for i, name in call["results"].items()}
+        found = []
+        for _ in range(2 if twice else 1):
+            if twice:
+                tensors.poison()
+            there = [tensors.put(array) for array in given]
+            compiled[call["kernel"]](*there)
+            found.append([tensors.take(tensor) for tensor in there])
+        off, differ = 0.0, 0
+        for i, result in enumerate(found[0]):
+            expected = results.get(i, given[i])
+            if result.tobytes() != expected.tobytes():
+                differ += int((_bytes(result) != _bytes(expected)).any(-1).sum())
+                off = max(off, _error(result, expected))
+        yield {
+            "kernel": call["kernel"],
+            "same": all(a.tobytes() == b.tobytes() for a, b in zip(found[0], found[-1], strict=True)),
+            "differ": differ,
+            "off": off,
+            "bound": _bound(told["off"].get(call["kernel"], 0.0), [given[i] for i in results]),
+        }
+
+
+def _array(library: Path, name: str) -> np.ndarray:
+    array: np.ndarray = np.load(library.parent / ARRAYS / f"{name}.npy")
+    return array
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

@@ -1,12 +1,14 @@
 """Records what tests call and find on the emulator, for a machine with a GPU to call again (`benchmarks.gpu_kit`).
 
-A record is a library with machine code in place of the emulator's, `N.so`, and its calls, `N.npz`: each array as it is
-given, and as it is afterwards where that differs.
+A record is a library with machine code in place of the emulator's, `N.so`, and its calls, `N.json`: each array as it is
+given, and as it is afterwards where that differs. Arrays lie beside the records under what they hold, each once: many
+kernels are called with the same, and call by call they would take twice what all else in a kit does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -20,6 +22,7 @@ from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.targets import nvidia
 
 FOLDER, LEVELS = "MPQ_TEST_RECORD", "MPQ_TEST_RECORD_LEVELS"
+ARRAYS = "arrays"
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+(?:, \d+)?\) (\w+)_kernel\(')
 _PRODUCT, _SOFTMAX = "f32_bf16_bf16", "mpq_exp2"
 """In the names of what multiplies in bfloat16, and of what makes a sum's row an operand of another product."""
@@ -62,26 +65,32 @@ class Record:
         test = os.environ["PYTEST_CURRENT_TEST"].split(" ")[0].rsplit("/", 1)[-1]
         self._path = Path(os.environ[FOLDER], hashlib.sha256(f"{test} {sorted(functions)}".encode()).hexdigest()[:12])
         kernels.write(functions, self._path.with_suffix(".so"), code)
-        self._seen: set[bytes] = set()
+        self._seen: set[tuple[str, ...]] = set()
         self._calls: list[dict[str, Any]] = []
-        self._arrays: dict[str, np.ndarray] = {}
         source = self._sources[0]
         self._about = {"test": test, "levels": levels(source), "off": summing(source)}
 
     def add(self, calls: Sequence[tuple[str, Sequence[np.ndarray]]], found: Sequence[Sequence[np.ndarray]]) -> None:
         """Adds calls that went well, those which are new."""
         for (name, given), results in zip(calls, found, strict=True):
-            arrays = [np.ascontiguousarray(array) for array in given]
-            key = hashlib.sha256(b"".join([name.encode(), *(array.tobytes() for array in arrays)])).digest()
-            if key in self._seen:
+            before = [self._stored(array) for array in given]
+            if (name, *before) in self._seen:
                 continue
-            self._seen.add(key)
-            number, changed = len(self._calls), []
-            for i, (array, result) in enumerate(zip(arrays, results, strict=True)):
-                self._arrays[f"{number}.{i}"] = array
-                if array.tobytes() != result.tobytes():
-                    self._arrays[f"{number}.{i}.after"] = result
-                    changed.append(i)
-            self._calls.append({"kernel": name, "arrays": len(arrays), "results": changed})
-        text = json.dumps({**self._about, "calls": self._calls})
-        np.savez_compressed(self._path.with_suffix(".npz"), about=np.array(text), **self._arrays)
+            self._seen.add((name, *before))
+            after = [self._stored(array) for array in results]
+            changed = {i: b for i, (a, b) in enumerate(zip(before, after, strict=True)) if a != b}
+            self._calls.append({"kernel": name, "given": before, "results": changed})
+        self._path.with_suffix(".json").write_text(json.dumps({**self._about, "calls": self._calls}))
+
+    def _stored(self, array: np.ndarray) -> str:
+        """The name of an array, whose file is there; other processes may store the same one."""
+        stream = io.BytesIO()
+        np.save(stream, np.ascontiguousarray(array))
+        name = hashlib.sha256(stream.getvalue()).hexdigest()[:24]
+        path = self._path.parent / ARRAYS / f"{name}.npy"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            scratch = path.with_name(f"{name}.{os.getpid()}")
+            scratch.write_bytes(stream.getvalue())
+            scratch.rename(path)
+        return name
