@@ -18,11 +18,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ("test_gemm.py", "test_kernels.py", "test_fast_attention.py", "test_rounding.py", "test_halves.py")
 PYTHONS = ("3.11", "3.12")
 NO_HEADERS = shutil.ignore_patterns("__pycache__", "include", "share", "3rdparty", "licenses", "*.pyi", "cmake")
-MOST = 40 << 20
+MOST = 40_000_000
 """Bytes of a kit that is carried along."""
 COUNTED = {
     "linear sdxl 4096x640->5120, batch 1": ("W8A8", "W4A8", "W4A16"),
@@ -111,8 +111,9 @@ def carried(folder: Path, pythons: list[str]) -> None:
     for package in ("importlib_metadata", "zipp"):
         shutil.copytree(_package(package), folder / package, ignore=python_alone)
     diffusers = _package("diffusers")
-    with (folder / "diffusers.zip").open("wb") as stream:
-        zipped(stream, sorted(diffusers.rglob("*.py")), diffusers.parent, zipfile.ZIP_LZMA)
+    with zipfile.ZipFile(folder / "diffusers.zip", "w", zipfile.ZIP_LZMA) as archive:
+        for file in sorted(diffusers.rglob("*.py")):
+            archive.write(file, file.relative_to(diffusers.parent))
 
 
 def _package(name: str) -> Path:
@@ -123,17 +124,11 @@ def _package(name: str) -> Path:
 
 
 def packed(folder: Path) -> int:
-    """The bytes of the folder as an archive by LZMA, as which it may travel."""
+    """The bytes of the folder as a tar.xz, as which it may travel."""
     with tempfile.TemporaryFile() as stream:
-        zipped(stream, sorted(folder.rglob("*")), folder, zipfile.ZIP_LZMA)
+        with tarfile.open(fileobj=stream, mode="w:xz") as archive:
+            archive.add(folder, folder.name)
         return stream.tell()
-
-
-def zipped(stream: IO[bytes], files: Iterable[Path], root: Path, method: int) -> None:
-    """Writes an archive of some files below a root."""
-    with zipfile.ZipFile(stream, "w", method) as archive:
-        for file in files:
-            archive.write(file, file.relative_to(root))
 
 
 def build(options: argparse.Namespace) -> None:
