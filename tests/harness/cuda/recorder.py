@@ -2,7 +2,7 @@
 
 A record is a library with machine code in place of the emulator's, `N.so`, and its calls, `N.json`: each array as it is
 given, and as it is afterwards where that differs. Arrays lie beside the records under what they hold, each once: many
-kernels are called with the same, and call by call they would take twice what all else in a kit does.
+kernels are called with the same.
 """
 
 from __future__ import annotations
