@@ -315,6 +315,15 @@ SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "
 
 
 def program(folder: Path) -> None:
+    _program(folder, tiny.PIPELINE)
+
+
+def coded_program(folder: Path) -> None:
+    """The same with entropy-coded weights, which it decodes when it opens them."""
+    _program(folder, tiny.PIPELINE.replace("uniform=int4", "uniform=ec2"))
+
+
+def _program(folder: Path, pipeline: str) -> None:
     """A program whose C is compiled again with sanitizers, with inputs, a signature and what it gives."""
     from mpq_compiler.artifact import signing
     from mpq_compiler.driver.compile import compile_denoiser
@@ -322,7 +331,7 @@ def program(folder: Path) -> None:
     from mpq_compiler.support import tensorfile
 
     made = compile_denoiser(
-        *(denoiser.wrap(tiny.model("dit"), name="dit"), folder / "a.mpq"), emit="c", pipeline=tiny.PIPELINE,
+        *(denoiser.wrap(tiny.model("dit"), name="dit"), folder / "a.mpq"), emit="c", pipeline=pipeline,
     )  # fmt: skip
     assert made.artifact
     names = ("mpq.c", "mpq_run.c", "mpq_model.c", "libkernels.a", "monocypher.c", "monocypher-ed25519.c")
@@ -361,7 +370,33 @@ def programs(base: Path, scratch: Path, chance: random.Random) -> str:
     return RIGHT if same else TAKEN
 
 
-def _runs(base: Path, scratch: Path, instead: dict[str, bytes], output: Path) -> str:
+def streams(base: Path, scratch: Path, chance: random.Random) -> str:
+    """Entropy-coded weights damaged, and a float elsewhere so that the file's checksum is that of the build."""
+    from mpq_compiler.backends.tvm import standalone
+
+    place = scratch / "weights.safetensors"
+    content = bytearray((base / "a.mpq" / place.name).read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    places: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
+    for about in header.values():
+        if "data_offsets" in about:
+            first, end = about["data_offsets"]
+            places[about["dtype"].startswith("F")].append((begin + first, begin + end))
+    for _ in range(chance.choice([1, 1, 4, 100])):
+        at = chance.randrange(*chance.choice(places[False]))
+        content[at] ^= 1 << chance.randrange(8)
+    word = 8 * chance.choice([i for first, end in places[True] for i in range(-(-first // 8), end // 8)])
+    place.write_bytes(content)
+    missing = standalone.describe(base / "a.mpq" / place.name).sum - standalone.describe(place).sum
+    missing *= pow(word // 4 + 1, -1, 1 << 64)
+    value = int.from_bytes(content[word : word + 8], "little") + missing
+    content[word : word + 8] = (value % (1 << 64)).to_bytes(8, "little")
+    how = _runs(base, scratch, {place.name: bytes(content)}, scratch / "output", owned=False)
+    return TAKEN if how == RIGHT else how
+
+
+def _runs(base: Path, scratch: Path, instead: dict[str, bytes], output: Path, owned: bool = True) -> str:
     """Runs the program on its files, some of them others. AssertionError: it crashed, or said no sentence."""
     files = {name: base / "a.mpq" / name for name in ("weights.safetensors", "signature.txt")}
     files["inputs"] = base / "inputs"
@@ -370,7 +405,7 @@ def _runs(base: Path, scratch: Path, instead: dict[str, bytes], output: Path) ->
     for name, path in files.items():
         (place / name).write_bytes(instead.get(name, path.read_bytes()))
     command = [base / "run", "--weights", place / "weights.safetensors", "--inputs", place / "inputs"]
-    command += ["--output", output, "--key", base / "key"]
+    command += ["--output", output, *(("--key", base / "key") if owned else ())]
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # its end is what frees its memory
     done = subprocess.run(
         [*map(str, command)], capture_output=True, env=environment, timeout=60, preexec_fn=_no_limit
@@ -430,4 +465,5 @@ ATTACKS = {
     "calibration file": Attack(model, calibrations, 0.2),
     "dumps": Attack(dumped, dumps, 0.2),
     "C program, sanitized": Attack(program, programs, 0.5),
+    "C program, coded weights": Attack(coded_program, streams, 0.5),
 }

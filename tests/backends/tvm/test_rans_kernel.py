@@ -75,12 +75,13 @@ def test_whatever_the_bytes_are_it_stays_within_them(count):
     """Damage is said, or changes nothing that is read; pages behind the end are none that may be read."""
     values, stream = coded(count, 1.3, 0)
     module, draw = library(here()[0], (count, len(stream))), np.random.default_rng(0)
-    for kind in range(60):
-        other = stream.copy()
-        if kind < 40:
-            other[draw.integers(len(other)) if kind % 2 else draw.integers(60)] ^= np.uint8(1 << draw.integers(8))
+    header = rans.header_bytes(int(stream[1]) + 1, count)
+    for kind in range(8 * header + 40):
+        other, behind = stream.copy(), kind - 8 * header
+        if behind < 20:  # each bit of what says where streams are, and some of the words
+            other[kind // 8 if behind < 0 else draw.integers(header, len(other))] ^= np.uint8(1 << kind % 8)
         else:
-            other[:] = draw.integers(0, 256, len(other)) if kind < 50 else (0, 255)[kind % 2]
+            other[:] = draw.integers(0, 256, len(other)) if behind < 30 else (0, 255)[kind % 2]
         source, output = (Guarded(a, 1) for a in arguments(DecodeRans(count, len(stream))))
         source.array[:] = other
         try:

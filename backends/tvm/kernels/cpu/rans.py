@@ -83,9 +83,9 @@ class _Decoder:
     def _stream(self, stream: Index) -> None:
         """Decodes a stream, and notes whether it ends where it should."""
         begin = T.Select(stream > 0, self._unsigned(self.ends + 4 * (T.max(stream, 1) - 1), 4), tirx.const(0, "uint32"))
-        end = T.bind(T.min(T.cast(self._unsigned(self.ends + 4 * stream, 4), "int32"), self.last))
+        end = T.bind(self._within(self._unsigned(self.ends + 4 * stream, 4)))
         place = scratch(1, "int32")
-        store(place, T.max(T.min(T.cast(begin, "int32"), end), 0), 0)
+        store(place, T.min(self._within(begin), end), 0)
         states = scratch(rans.LANES, "uint32")
         for lane in range(rans.LANES):
             store(states, self._unsigned(self.states + 4 * (stream * rans.LANES + lane), 4), lane)
@@ -125,6 +125,10 @@ class _Decoder:
         last = T.bind(T.cast(self.low + rans.last_state(0), "uint32"))
         done = [states[lane] == last for lane in range(rans.LANES)]
         store(self.sound, T.cast(tirx.all(place[0] == end, *done), "int32"), stream)
+
+    def _within(self, place: Expr) -> Expr:
+        """A word's number, u32, held within 0 .. ``last``; numbers of 2^31 and more would be negative."""
+        return T.cast(T.min(place, T.cast(self.last, "uint32")), "int32")
 
     def _byte(self, at: Index) -> Expr:
         """A byte, int32; the last one where there are fewer."""
