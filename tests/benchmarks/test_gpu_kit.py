@@ -73,10 +73,10 @@ def test_a_wrong_result_and_a_crash_are_told(kit, tmp_path):
     told = json.loads(first.read_text())
     results = next(call["results"] for call in told["calls"] if call["results"])
     output, name = next(iter(results.items()))
-    wrong_one = np.load(first.parent / "arrays" / f"{name}.npy")
+    wrong_one = np.load(first.parent / name)
     wrong_one.reshape(-1).view(np.uint8)[3] ^= 64
-    np.save(first.parent / "arrays" / "spoiled.npy", wrong_one)
-    results[output] = "spoiled"
+    np.save(first.parent / "spoiled.npy", wrong_one)
+    results[output] = "spoiled.npy"
     first.write_text(json.dumps(told))
     second.with_suffix(".so").write_bytes(b"no library")
     done = run(other, tmp_path / "out", "--step", "1")

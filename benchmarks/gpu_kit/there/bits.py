@@ -18,8 +18,6 @@ from mpq_compiler.targets import nvidia
 
 from . import machine
 
-ARRAYS = "arrays"
-"""Where the arrays of all libraries lie, each under the name by which calls know it."""
 PATIENCE = 60
 """Seconds that a library may take: a kernel may never end."""
 STORED = np.dtype(np.uint16)
@@ -123,7 +121,7 @@ def calls(library: Path, first: int = 0, twice: bool = True) -> Iterator[dict[st
 
 
 def _array(library: Path, name: str) -> np.ndarray:
-    array: np.ndarray = np.load(library.parent / ARRAYS / f"{name}.npy")
+    array: np.ndarray = np.load(library.parent / name)
     return array
 
 

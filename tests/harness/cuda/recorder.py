@@ -22,7 +22,6 @@ from mpq_compiler.backends.tvm.toolchain import machine_code
 from mpq_compiler.targets import nvidia
 
 FOLDER, LEVELS = "MPQ_TEST_RECORD", "MPQ_TEST_RECORD_LEVELS"
-ARRAYS = "arrays"
 _KERNEL = re.compile(r'extern "C" __global__ void __launch_bounds__\(\d+(?:, \d+)?\) (\w+)_kernel\(')
 _PRODUCT, _SOFTMAX = "f32_bf16_bf16", "mpq_exp2"
 """In the names of what multiplies in bfloat16, and of what makes a sum's row an operand of another product."""
@@ -83,14 +82,14 @@ class Record:
         self._path.with_suffix(".json").write_text(json.dumps({**self._about, "calls": self._calls}))
 
     def _stored(self, array: np.ndarray) -> str:
-        """The name of an array, whose file is there; other processes may store the same one."""
+        """The path of an array's file beside the record; other processes may store the same one."""
         stream = io.BytesIO()
         np.save(stream, np.ascontiguousarray(array))
-        name = hashlib.sha256(stream.getvalue()).hexdigest()[:24]
-        path = self._path.parent / ARRAYS / f"{name}.npy"
+        name = f"arrays/{hashlib.sha256(stream.getvalue()).hexdigest()[:24]}.npy"
+        path = self._path.parent / name
         if not path.exists():
             path.parent.mkdir(exist_ok=True)
-            scratch = path.with_name(f"{name}.{os.getpid()}")
+            scratch = path.with_suffix(f".{os.getpid()}")
             scratch.write_bytes(stream.getvalue())
             scratch.rename(path)
         return name
