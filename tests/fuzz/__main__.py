@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -38,6 +39,7 @@ def main() -> int:
     parser.add_argument("--soak", type=int, default=0, help="calls from four threads, afterwards (0)")
     parser.add_argument("--write", action="store_true", help=f"figures to {RESULTS.relative_to(ROOT)}")
     args = parser.parse_args()
+    os.environ.setdefault("MPQ_TEST_BEGIN", str(time.time()))  # as in a run of tests, for what bases have in common
     until = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     document: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     about = {"cpu": host.cpu(), "command": "python -m tests.fuzz " + " ".join(sys.argv[1:])}

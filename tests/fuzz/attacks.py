@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -311,6 +312,8 @@ def dumps(base: Path, scratch: Path, chance: random.Random) -> str:
 
 # --------------------------------------------------------------------------------------------- the C program
 
+ODD = (-1, 0, 1, 2, 11, 63, 1 << 20, 1 << 40, -(1 << 62), (1 << 63) - 1)
+"""Numbers that an instruction should not have."""
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-std=c11")
 
 
@@ -396,8 +399,45 @@ def streams(base: Path, scratch: Path, chance: random.Random) -> str:
     return TAKEN if how == RIGHT else how
 
 
+def drawing(folder: Path) -> None:
+    """A pipeline whose program is compiled with sanitizers, and a file of tokens that it draws."""
+    from mpq_compiler.backends.tvm.standalone import join
+    from mpq_compiler.driver.pipeline import KNOWN, compile_pipeline
+    from mpq_compiler.runtime import tokens_file
+    from tests.harness import tiny_pipelines
+
+    said = {"recipe": "w8a8", "samples": 2, "steps": 4, "emit": "c", "cache": folder / "cache"}
+    with mock.patch.object(join, "OPTIONS", SANITIZE):
+        compile_pipeline(tiny_pipelines.pipeline("stable-diffusion"), folder / "a.mpq", parts=KNOWN, **said)
+    tokens_file.write(folder / "a.mpq", folder / "ids", "a red fox in the sea", steps=1)
+    assert _ended(folder / "a.mpq" / bundle.PROGRAM, "--tokens", folder / "ids", "-o", folder / "a.png") == RIGHT
+
+
+def tokens(base: Path, scratch: Path, chance: random.Random) -> str:
+    """Its bytes, its tensors, or numbers of its instructions and buffers are others."""
+    from mpq_compiler.support import tensorfile
+
+    content, place, kind = (base / "ids").read_bytes(), scratch / "ids", chance.randrange(3)
+    if kind == 0:
+        place.write_bytes(damaged(content, chance))
+    elif kind == 1:
+        ((_, mutant),) = mutants.mutants(chance.randrange(2**32), 1, content)
+        place.write_bytes(mutant)
+    else:
+        arrays = {name: value.copy() for name, value in tensorfile.load(base / "ids").items()}
+        for _ in range(chance.randint(1, 3)):
+            table = arrays[chance.choice(["instructions", "buffers"])]
+            table[tuple(chance.randrange(size) for size in table.shape)] = chance.choice(ODD)
+        with place.open("wb") as stream:
+            tensorfile.save(stream, arrays)
+    picture = scratch / "x.png"
+    how = _ended(base / "a.mpq" / bundle.PROGRAM, "--tokens", place, "-o", picture)
+    assert picture.exists() == (how == RIGHT)
+    return TAKEN if how == RIGHT and picture.read_bytes() != (base / "a.png").read_bytes() else how
+
+
 def _runs(base: Path, scratch: Path, instead: dict[str, bytes], output: Path, owned: bool = True) -> str:
-    """Runs the program on its files, some of them others. AssertionError: it crashed, or said no sentence."""
+    """Runs the program on its files, some of them others."""
     files = {name: base / "a.mpq" / name for name in ("weights.safetensors", "signature.txt")}
     files["inputs"] = base / "inputs"
     place = scratch / "files"
@@ -405,7 +445,11 @@ def _runs(base: Path, scratch: Path, instead: dict[str, bytes], output: Path, ow
     for name, path in files.items():
         (place / name).write_bytes(instead.get(name, path.read_bytes()))
     command = [base / "run", "--weights", place / "weights.safetensors", "--inputs", place / "inputs"]
-    command += ["--output", output, *(("--key", base / "key") if owned else ())]
+    return _ended(*command, "--output", output, *(("--key", base / "key") if owned else ()))
+
+
+def _ended(*command: object) -> str:
+    """How a program with sanitizers ends. AssertionError: it crashed, or said no sentence."""
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # its end is what frees its memory
     done = subprocess.run(
         [*map(str, command)], capture_output=True, env=environment, timeout=60, preexec_fn=_no_limit
@@ -466,4 +510,5 @@ ATTACKS = {
     "dumps": Attack(dumped, dumps, 0.2),
     "C program, sanitized": Attack(program, programs, 0.5),
     "C program, coded weights": Attack(coded_program, streams, 0.5),
+    "C program, tokens": Attack(drawing, tokens, 0.5),
 }
