@@ -1,4 +1,4 @@
-"""A minute of attacks with seeds that stay; `python -m tests.fuzz` goes on for hours (docs/trust.md)."""
+"""Two minutes of attacks with seeds that stay; `python -m tests.fuzz` goes on for hours (docs/trust.md)."""
 
 from __future__ import annotations
 
