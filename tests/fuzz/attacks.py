@@ -28,7 +28,7 @@ from mpq_compiler.runtime import compiled_denoiser
 from mpq_compiler.support import cache
 from mpq_compiler.support.errors import UserError
 from tests.harness import mutants, relax_artifact, tiny
-from tests.harness.damage import changed, damaged, text_of, words
+from tests.harness.damage import ODD, changed, damaged, text_of, words
 
 REFUSED, RIGHT, TAKEN = "refused", "right", "taken"
 INPUTS = {
@@ -312,8 +312,6 @@ def dumps(base: Path, scratch: Path, chance: random.Random) -> str:
 
 # --------------------------------------------------------------------------------------------- the C program
 
-ODD = (-1, 0, 1, 2, 11, 63, 1 << 20, 1 << 40, -(1 << 62), (1 << 63) - 1)
-"""Numbers that an instruction should not have."""
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-std=c11")
 
 
@@ -374,7 +372,7 @@ def programs(base: Path, scratch: Path, chance: random.Random) -> str:
 
 
 def streams(base: Path, scratch: Path, chance: random.Random) -> str:
-    """Entropy-coded weights damaged, and a float elsewhere so that the file's checksum is that of the build."""
+    """Entropy-coded weights and zero points damaged, and a float so that the file's checksum is that of the build."""
     from mpq_compiler.backends.tvm import standalone
 
     place = scratch / "weights.safetensors"
@@ -406,7 +404,7 @@ def drawing(folder: Path) -> None:
     from mpq_compiler.runtime import tokens_file
     from tests.harness import tiny_pipelines
 
-    said = {"recipe": "w8a8", "samples": 2, "steps": 4, "emit": "c", "cache": folder / "cache"}
+    said = {"recipe": "w8a8", "samples": 2, "steps": 4, "emit": "c"}
     with mock.patch.object(join, "OPTIONS", SANITIZE):
         compile_pipeline(tiny_pipelines.pipeline("stable-diffusion"), folder / "a.mpq", parts=KNOWN, **said)
     tokens_file.write(folder / "a.mpq", folder / "ids", "a red fox in the sea", steps=1)

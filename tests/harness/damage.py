@@ -12,6 +12,8 @@ VALUES: tuple[Json, ...] = (
     *([], {}, [[]] * 50, {"x": {}}, [0], [1, 1], [2**40], ["x"]),
 )
 """What takes the place of something else."""
+ODD = (-1, 0, 1, 2, 11, 63, 1 << 20, 1 << 40, -(1 << 62), (1 << 63) - 1)
+"""Numbers that an instruction of a pipeline's program should not have."""
 MARKS = ("=", ",", "{", "}", "[", "]", '"', "'", "#", "\n", "-1", "1e99", "nan", "x", "true", "é", "")
 
 
