@@ -17,7 +17,8 @@ import tempfile
 import weakref
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -239,13 +240,38 @@ class Artifact:
     path: Path
     folder: Path
     manifest: dict[str, Any]
+    _unverified: set[str] = field(default_factory=lambda: {WEIGHTS, KERNELS}, repr=False, compare=False)
+    """Files whose hashes are compared when they are asked for."""
     _keep: list[object] = field(default_factory=list, repr=False, compare=False)
 
     def file(self, name: str) -> Path:
-        """The path of one of its files. UserError: it has no file of this name."""
+        """The path of one of its files. UserError: it has no file of this name, or another than was written."""
+        path = self._path(name)
+        if name in self._unverified:
+            self._verify(name)
+        return path
+
+    def content(self, name: str) -> bytes:
+        """What one of its files holds, which is what has the hash. UserError: as `file`."""
+        path = self._path(name)
+        with _reading(path):
+            content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.manifest["files"][name]["sha256"]:
+            raise tensorfile.altered(path)
+        return content
+
+    def _path(self, name: str) -> Path:
         if name not in self.manifest["files"]:
             raise UserError(f"{self.path} has no {name}: an artifact of this kind needs it; compile it again")
         return self.folder / name
+
+    def _verify(self, name: str) -> None:
+        """Compares the hash of a file."""
+        with _reading(self.path):
+            found = sha256(self.folder / name)
+        if found != self.manifest["files"][name]["sha256"]:
+            raise _altered(self.path, f"{name} was altered after it was written")
+        self._unverified.discard(name)
 
     @property
     def is_signed(self) -> bool:
@@ -257,7 +283,7 @@ class Artifact:
 
         UserError: the file was altered since it was verified; the stored tensors are others than the manifest says.
         """
-        found = tensorfile.load_verified(self.file(name), self.manifest["files"][name]["sha256"])
+        found = tensorfile.load_verified(self._path(name), self.manifest["files"][name]["sha256"])
         stated = {entry["name"]: (entry["dtype"], tuple(entry["shape"])) for entry in self.manifest["tensors"]}
         if name == WEIGHTS and stated != {n: (str(tensor.dtype), tensor.shape) for n, tensor in found.items()}:
             raise _altered(self.path, f"{WEIGHTS} holds other tensors than its {MANIFEST} says")
@@ -297,8 +323,20 @@ def read(path: str | os.PathLike[str], key: Trust | None = None) -> Artifact:
         UserError: no such path, not an artifact, made by another version, truncated, altered, a file missing or too
             many; with a key, no signature, or not one of its owner over these bytes.
     """
+    artifact = opened(path, key)
+    for name in sorted(artifact.manifest["files"]):
+        artifact.file(name)
+    return artifact
+
+
+def opened(path: str | os.PathLike[str], key: Trust | None = None) -> Artifact:
+    """Opens an artifact as `read` does, but for the hashes of weights and kernels.
+
+    They are compared where the files are read (`Artifact.tensors`, `content`) or asked for (`file`), so that what runs
+    an artifact hashes its weights once. UserError: as `read`.
+    """
     path = Path(path)
-    try:
+    with _reading(path):
         if path.is_dir():
             signed = _signed(path, key)
             return _verified(Artifact(path, path, _read_manifest(path, path, signed)), signed)
@@ -311,7 +349,14 @@ def read(path: str | os.PathLike[str], key: Trust | None = None) -> Artifact:
         scratch = Path(tempfile.mkdtemp(prefix="mpq-"))
         keeper = _Scratch(scratch)
         signed = _unzip(path, scratch, key)
-        return _verified(Artifact(path, scratch, _read_manifest(scratch, path, signed), [keeper]), signed)
+        return _verified(Artifact(path, scratch, _read_manifest(scratch, path, signed), _keep=[keeper]), signed)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a UserError that names the path."""
+    try:
+        yield
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
@@ -371,11 +416,8 @@ def require_whole(document: Mapping[str, object], text: bytes, schema: str, own:
         own: the entry with the hash of all others.
     """
     documents.require(document, schema)
-    try:
-        whole = text == canonical(document) and document[own] == digest(document, own)
-    except ValueError:  # NaN, which none holds
-        whole = False
-    if not whole:
+    line = f'\n  "{own}": "{document[own]}",'.encode()  # of the canonical form, in which other entries follow
+    if text.count(line) != 1 or hashlib.sha256(text.replace(line, b"")).hexdigest() != document[own]:
         raise documents.Unsound("was altered after it was written")
 
 
@@ -395,8 +437,10 @@ def _verified(artifact: Artifact, signed: Signed | None) -> Artifact:
         size = file.stat().st_size
         if size < entry["bytes"]:
             raise _altered(artifact.path, f"{name} is truncated ({size} of {entry['bytes']} bytes)")
-        if size > entry["bytes"] or sha256(file) != entry["sha256"]:
+        if size > entry["bytes"]:
             raise _altered(artifact.path, f"{name} was altered after it was written")
+        if name not in artifact._unverified:
+            artifact._verify(name)
         if signed is not None:
             signed.require(name, file)
     return artifact

@@ -1,7 +1,4 @@
-"""JSON documents that strangers may have written: bounded before they are parsed, held against a schema at once.
-
-A canonical form is written in Python, a thousand times as slow as parsing: nothing gets as far that the schema refuses.
-"""
+"""JSON documents that strangers may have written: bounded before they are parsed, held against a schema at once."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def load(
     if reuse_bytes < 0:
         raise UserError(f"reuse_bytes is {reuse_bytes}; it must be 0 or more")
     require_threads(threads)
-    artifact = artifacts.read(path, key)
+    artifact = artifacts.opened(path, key)
     chosen = threads or artifact.manifest.get("threads") or usable_cores()
     return CompiledDenoiser(artifact, chosen, check_finite, reuse_bytes, device=_number(artifact, device))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import functools
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -155,11 +154,10 @@ class VirtualMachine:
         Raises:
             UserError: TVM's runtime is missing or of another release, or the threads cannot be started.
         """
-        kernels = artifact.file(KERNELS)
         _require_version(artifact)
         self._ffi = self._load()
         self.threads = min(threads, usable_cores())
-        self._library = self._load_kernels(kernels, artifact.manifest["files"][KERNELS]["sha256"])
+        self._library = self._load_kernels(artifact.content(KERNELS), artifact.manifest["files"][KERNELS]["sha256"])
         self._require_interface(artifact)
         self._machine = self._new_machine()
         self._functions = {f["name"]: self._machine[f["name"]] for f in artifact.manifest["functions"]}
@@ -207,8 +205,8 @@ class VirtualMachine:
 
         UserError: the file is no longer that of the artifact; what was prepared before is still there.
         """
+        stored = {**self._artifact.tensors(), **replaced}  # compares their hash, too
         if prepare := self._artifact.manifest.get("prepare"):
-            stored = {**self._artifact.tensors(), **replaced}
             self._prepared = self._ffi.convert([])  # before others take as much memory
             arrays = [aligned(stored.pop(name)) for name in prepare["tensors"]]
             arguments = [self._tensor(array) for array in arrays]
@@ -280,14 +278,8 @@ class VirtualMachine:
         for part in self.parts.values():
             part.forget()
 
-    def _load_kernels(self, path: Path, sha256: str) -> Any:
-        """Loads a copy that nobody else can write to, and whose hash is the manifest's."""
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path} was altered after it was written; copy or compile it again")
+    def _load_kernels(self, content: bytes, sha256: str) -> Any:
+        """Loads a copy, of this hash, that nobody else can write to."""
         self._sealed = _sealed(content, sha256)
         # The dynamic loader knows libraries by path and keeps them, and the number of a descriptor is used again: a
         # name in a folder of its own is new, whatever has been loaded before. By its inode it still knows a file that

@@ -204,6 +204,11 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return _tensors(path, header, start, np.memmap(path, np.uint8, mode="c"))
 
 
+def altered(path: Path) -> UserError:
+    """The error of a file that has another hash than when it was written."""
+    return UserError(f"{path} was altered after it was written; copy or compile it again")
+
+
 def load_verified(path: str | os.PathLike[str], sha256: str) -> dict[str, np.ndarray]:
     """Reads the tensors of a safetensors file to memory, if the file has this SHA-256.
 
@@ -223,7 +228,7 @@ def load_verified(path: str | os.PathLike[str], sha256: str) -> dict[str, np.nda
                 while count := stream.readinto(view[read:size]):
                     read += count
                 if read != size or hashlib.sha256(view[:size]).hexdigest() != sha256:
-                    raise UserError(f"{path} was altered after it was written; copy or compile it again")
+                    raise altered(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     header, start = _header(path, memory, size)

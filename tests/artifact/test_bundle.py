@@ -342,6 +342,20 @@ def test_every_byte_is_covered(tmp_path):
     bundle.read(tmp_path / "a.mpq")
 
 
+@pytest.mark.parametrize("name", [bundle.WEIGHTS, bundle.KERNELS])
+def test_what_is_opened_is_verified_where_it_is_read(tmp_path, name):
+    """Weights and kernels, once each; the path of what was verified is handed out again."""
+    write(tmp_path / "a.mpq")
+    sound = bundle.opened(tmp_path / "a.mpq")
+    path = sound.file(name)
+    flip(tmp_path / "a.mpq" / name, -1)
+    assert sound.file(name) == path
+    artifact = bundle.opened(tmp_path / "a.mpq")
+    for use in (artifact.file, artifact.content, *([artifact.tensors] if name == bundle.WEIGHTS else [])):
+        with pytest.raises(UserError, match=rf"{name} was altered after it was written; copy or compile it again"):
+            use(name)
+
+
 def test_wrong_paths(tmp_path):
     with pytest.raises(UserError, match="there is no artifact"):
         bundle.read(tmp_path / "none")
