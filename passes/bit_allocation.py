@@ -60,15 +60,11 @@ Destroyed networks are off by as much.
 AGAIN_DB = 1.0
 """The difference in dB from which on losses are measured again, around the plan."""
 AGAIN_EXPECTED = 0.5
-"""How often losses are measured again, by what a compilation is expected to take.
-
-Of six large models two need that, those with more than `HUGE` parameters, which are expected to take all their rounds.
-"""
+"""How often losses are measured again, by what a compilation is expected to take: one of six large models needs it."""
 ROUNDS_HUGE = 1
 """How often at most losses are measured again of models with more than `HUGE` parameters.
 
-Once takes as long as all of `sensitivity`: of a 4 B transformer 34 minutes on two cores, whose plan has 2.9 dB less
-noise by it.
+Once takes as long as all of `sensitivity`: of SDXL, which needs it, 20 minutes of CPU time.
 """
 AROUND = LossEstimator((), (8,), None, 8, 1 << 23)
 """Measures them, as far as that takes time."""
@@ -260,8 +256,7 @@ class BitAllocation(Pass):
             together = asked.running(count, PIECE)
             together += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE))  # weights are rounded for each piece
             found += together + Demand(disk=sizes.numbers)
-            again = ROUNDS_HUGE if sizes.parameters > HUGE else AGAIN_EXPECTED
-            found += (together + AROUND.demand(asked)) * min(again, self.rounds)
+            found += (together + AROUND.demand(asked)) * min(AGAIN_EXPECTED, self.rounds)
         return found
 
     def run(self, program: Program, session: Session) -> Program:
