@@ -10,9 +10,9 @@ ends, which have 8 bits, overheads included, one in forty more, for the tables o
 and 8-bit activations: what a recipe does with these bytes is its affair. Models are the judges, on which no recipe was
 developed (results/judges/README.md), and the bundled ones, on which they were, at two settings. All draw the same noise
 in the same steps; judges draw with other samplers too, in 4 to 50 steps, than calibration did. `image_sqnr_db` has a
-paired bootstrap interval of its difference to the best other recipe: the same images are drawn with replacement for
+paired bootstrap interval of its difference to the best published recipe: the same images are drawn with replacement for
 both. Training has as many minutes in every cell (`mpqc compile --minutes`). A claim is about `default` and the best
-other recipe of a judge's setting on 1000 images; at W2A8 and W4A4 about the two best others, of three seeds each, all
+published recipe of a judge's setting on 1000 images; at W2A8 and W4A4 about the two best, of three seeds each, all
 trained as long as by `--effort best`, which is shown beside the minutes of the cells. A cell is known by its recipe and
 options; results and the errors of every image lie in benchmarks/results/quality/, and `--all` goes on where it was.
 """
@@ -57,7 +57,7 @@ from benchmarks.quality_cells import (
 from mpq_compiler.api import compile
 from mpq_compiler.evaluation import metrics
 from mpq_compiler.evaluation.features import Features, features_for
-from mpq_compiler.evaluation.painter import BATCH, Painter, float_model, from_artifact, from_denoiser, sampled_like
+from mpq_compiler.evaluation.painter import BATCH, Painter, from_artifact, from_denoiser, require_same_task
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir.parcels import SHIPPING
 from mpq_compiler.sampling.schedulers import exchanged
@@ -82,9 +82,10 @@ def _images(painter: Painter, conditions: Any, count: int, steps: int = STEPS) -
 
 
 @functools.cache
-def _float_images(model: str, solver: str, steps: int, count: int) -> np.ndarray:
-    """What the float model of a judge draws with another sampler: the same for all of its cells."""
-    painter = _sampled(from_denoiser(denoiser.load(source(model))), solver)
+def _float_images(model: str, steps: int, count: int, solver: str | None = None) -> np.ndarray:
+    """What the float model draws, with its own sampler or another: the same for all of its cells."""
+    painter = from_denoiser(denoiser.load(source(model)))
+    painter = painter if solver is None else _sampled(painter, solver)
     return _images(painter, painter.conditioning.varied(count), count, steps)
 
 
@@ -97,7 +98,7 @@ def _by_samplers(cell: Cell, painter: Painter) -> dict[str, dict[str, Any]]:
     found, conditions = {}, painter.conditioning.varied(IMAGES)
     for name, (solver, steps) in SAMPLERS.items() if cell.model in JUDGED else ():
         images = _images(_sampled(painter, solver), conditions, IMAGES, steps)
-        found[name] = _errors(_float_images(cell.model, solver, steps, IMAGES), images)
+        found[name] = _errors(_float_images(cell.model, steps, IMAGES, solver), images)
     return found
 
 
@@ -107,9 +108,8 @@ def float_accuracy(model: str) -> None:
     if model in known:
         return
     loaded = denoiser.load(source(model))
-    painter = from_denoiser(loaded)
-    conditions = painter.conditioning.varied(CLAIM["images"])
-    images = _images(painter, conditions, CLAIM["images"])
+    conditions = loaded.conditioning.varied(CLAIM["images"])
+    images = _float_images(model, STEPS, CLAIM["images"])
     features = features_for(loaded.features, images.shape[1:])
     accuracy = metrics.compare_images(images, images, *features, conditions.labels)["class_accuracy"]
     write(RESULTS / "float.json", known | {model: accuracy and accuracy["value"]})
@@ -138,10 +138,11 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: int | Non
         report = compile.compile(source(cell.model), path, terminal.progress, jobs=jobs, **cell.options(budget))
         seconds = time.perf_counter() - begin
         painter = from_artifact(path, threads=1)
-        loaded = float_model(source(cell.model), painter)
-        reference = sampled_like(from_denoiser(loaded), painter)
-        conditions = reference.conditioning.varied(max(counts))
-        pictures = [_images(each, conditions, max(counts)) for each in (reference, painter)]
+        loaded = denoiser.load(source(cell.model))
+        require_same_task(painter, from_denoiser(loaded))
+        assert painter.scheduler.to_config() == loaded.scheduler.to_config()
+        conditions = loaded.conditioning.varied(max(counts))
+        pictures = [_float_images(cell.model, STEPS, max(counts)), _images(painter, conditions, max(counts))]
         samplers = _by_samplers(cell, painter)
     known = {
         "true_bits": report.weights["average_bits"],
@@ -257,7 +258,7 @@ def main() -> None:
             float_accuracy(model)
     quality_tables.show(cells)
     claimed, trained = quality_tables.claimed(cells), quality_tables.trained(cells)
-    terminal.table("default and the best other recipe", quality_tables.CLAIM_HEADERS, claimed)
+    terminal.table("default and the best published recipe", quality_tables.CLAIM_HEADERS, claimed)
     sampled = quality_tables.by_samplers(cells)
     terminal.table("image SQNR with other samplers, dB", quality_tables.SAMPLER_HEADERS, sampled)
     terminal.table("default by minutes of training", quality_tables.BEST_HEADERS, trained)

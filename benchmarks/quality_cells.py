@@ -58,6 +58,8 @@ WIDTHS = (2, 3, 4, 8)
 BASELINES = {"nearest": "nearest", "gptq": "gptq"}
 """Uniform bits but for the ends', by the rounding: what a recipe is to be better than."""
 COMPARED = (*BASELINES, *(name for name in recipes.names() if name != "w8a8"))
+OURS = ("default", "packed")
+"""Recipes of no publication: a claim is about the first of them beside those that are of one."""
 MINUTES, IMAGES = 4.0, 250
 """Of training in each cell, and to judge it by."""
 
