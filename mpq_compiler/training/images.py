@@ -26,7 +26,7 @@ from mpq_compiler.support import cache
 from mpq_compiler.training.data import BATCH
 from mpq_compiler.training.objective import HELD, VALUES, Objective
 from mpq_compiler.training.state import State
-from mpq_compiler.training.student import Student, tried
+from mpq_compiler.training.student import Student, differentiable, leaves, tried
 from mpq_compiler.training.variables import Variable
 
 ROWS = 16
@@ -95,12 +95,12 @@ class Images(Objective):
 
         def back(part: tuple[dict[str, Tensor], Tensor]) -> tuple[Sequence[Tensor | None], Tensor]:
             inputs, arriving = part
-            inner = {name: value.detach().requires_grad_() for name, value in values.items()}
+            inner = leaves(made)
             latents = inputs[images.denoiser.latent].requires_grad_()
             with torch.enable_grad():
                 output = Student(self.program, inner).run(inputs)
                 *found, own = torch.autograd.grad(
-                    output, [*inner.values(), latents], arriving.to(output.dtype), allow_unused=True
+                    output, [*differentiable(inner).values(), latents], arriving.to(output.dtype), allow_unused=True
                 )
             return found, torch.zeros_like(latents) if own is None else own
 
@@ -108,7 +108,7 @@ class Images(Objective):
             pieces = torch.from_numpy(arriving).split(self.rows)
             parts = self.session.map(back, zip(images.parts(call.inputs, self.rows), pieces, strict=True))
             for found, _ in parts:
-                for name, gradient in zip(values, found, strict=True):
+                for name, gradient in zip(differentiable(made), found, strict=True):
                     if gradient is not None:
                         sums[name] = sums[name] + gradient if name in sums else gradient
             return torch.cat([own for _, own in parts]).numpy()

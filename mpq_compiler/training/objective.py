@@ -25,10 +25,10 @@ class Objective(ABC):
 
         Args:
             step: its number, from 1; it decides what the loss is of.
-            made: the values that the program reads (`student.values`).
+            made: the values that the program reads (`student.values`); what depends on a variable requires a gradient.
 
         Returns:
-            The loss, and its gradients by the names of those values that it depends on, in their order.
+            The loss, and its gradients by the names of those of these that it depends on, in their order.
         """
 
     @abstractmethod

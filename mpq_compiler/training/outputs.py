@@ -17,7 +17,7 @@ from mpq_compiler.training.objective import HELD, Objective
 from mpq_compiler.training.relation_loss import Memory, Relations
 from mpq_compiler.training.relation_loss import Step as RelationStep
 from mpq_compiler.training.state import Stage, State
-from mpq_compiler.training.student import Student, values
+from mpq_compiler.training.student import Student, differentiable, leaves, values
 from mpq_compiler.training.variables import Variable
 
 
@@ -66,7 +66,7 @@ class Outputs(Objective):
 
         def part(numbered: tuple[int, Data]) -> tuple[float, tuple[Tensor | None, ...], Tensor | None]:
             number, piece = numbered
-            inner = {name: value.detach().requires_grad_() for name, value in made.items()}
+            inner = leaves(made)
             return self._part(piece, inner, len(batch), number, relation)
 
         pieces = self.session.map(part, enumerate(batch.parts()))
@@ -74,7 +74,7 @@ class Outputs(Objective):
             group = ops.time_group(batch.inputs["timestep"], self.program.facts[TIME_GROUPS])
             relation.push(torch.cat([pixels for *_, pixels in pieces if pixels is not None]), group)
         reached: dict[str, Tensor] = {}
-        for name, *parts in zip(made, *(found for _, found, _ in pieces), strict=True):
+        for name, *parts in zip(differentiable(made), *(found for _, found, _ in pieces), strict=True):
             sums = [g for g in parts if g is not None]
             if sums:
                 reached[name] = torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
@@ -83,8 +83,8 @@ class Outputs(Objective):
     def _part(
         self, piece: Data, inner: Mapping[str, Tensor], count: int, number: int, relation: RelationStep | None
     ) -> tuple[float, tuple[Tensor | None, ...], Tensor | None]:
-        """The loss of a part of ``count`` calls, its gradients by the inner values, and pixels of its features."""
-        wanted = relation and relation.relations.term.node
+        """The loss of a part of ``count`` calls, its gradients by those of inner values, and pixels of its features."""
+        wanted, variables = relation and relation.relations.term.node, differentiable(inner).values()
 
         def outputs(inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Tensor]:
             """The features that the relation compares, where there is one, and the output."""
@@ -106,7 +106,7 @@ class Outputs(Objective):
 
             with torch.enable_grad():
                 segments.backward(Student(self.program, inner), piece.inputs, self.last, by_output)
-            return float(losses[0].detach()), tuple(value.grad for value in inner.values()), None
+            return float(losses[0].detach()), tuple(value.grad for value in variables), None
         seen, output = outputs(piece.inputs)
         share, pixels = len(piece) / count, None
         loss = error(output)
@@ -114,7 +114,7 @@ class Outputs(Objective):
             rows = slice(number * PART, number * PART + len(piece))
             more, pixels = relation.loss(seen[0], piece.inputs, rows, lambda inputs: outputs(inputs)[0][0])
             loss = loss + more * share
-        return float(loss.detach()), torch.autograd.grad(loss, list(inner.values()), allow_unused=True), pixels
+        return float(loss.detach()), torch.autograd.grad(loss, list(variables), allow_unused=True), pixels
 
 
 def _batch(step: int, count: int, most: int, seed: int) -> Tensor:

@@ -110,6 +110,27 @@ class _Rounded(torch.autograd.Function):
         return to_x, to_s, to_z, None
 
 
+class _Scaled(torch.autograd.Function):
+    """Hands on the output of a layer whose weight is in proportion to its rows' scales, with their gradients.
+
+    A row's is the sum of ``gradient * (output - bias)`` over its scale. By way of the weight it would take as long as
+    the layer itself, and a tensor as large as the weight for every part of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(output, scale, bias)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        output, scale, bias = ctx.saved_tensors
+        linear = output if bias is None else output - bias
+        to_rows = (gradient * linear).flatten(0, -2).sum(0)
+        return gradient, (to_rows / scale.flatten()).reshape(scale.shape), None
+
+
 class Student(Interpreter):
     """Runs the program with other values in place of stored tensors; differentiable in these values."""
 
@@ -119,6 +140,14 @@ class Student(Interpreter):
         self.values = values
         totals = [w.node for w in settled(program) if w.signs is not None and w.node.name in values]
         self.unread = frozenset(operand(total, part) for total in totals for part in (0, 1))
+        self.scaled = {
+            layer: values[w.tables.scale]
+            for w in settled(program)
+            if w.tables.scale in values and values[w.tables.scale].requires_grad
+            if w.node.name in values and not values[w.node.name].requires_grad
+            for layer in w.node.users
+        }
+        """Layers whose outputs, rather than their weights, have the gradients of these scales."""
 
     def attribute(self, name: str) -> Any:
         return self.values[name] if name in self.values else super().attribute(name)
@@ -134,7 +163,22 @@ class Student(Interpreter):
             return rounded(
                 x, *(ops.per_sample(t.to(torch.float32), group, x) for t in (scale, zero)), 2**bits - 1
             )
-        return super().call(node, args, kwargs)
+        output = super().call(node, args, kwargs)
+        if node not in self.scaled:
+            return output
+        bias = args[2] if len(args) > 2 else None
+        scaled: Callable[..., Tensor] = _Scaled.apply
+        return scaled(output, self.scaled[node], bias)
+
+
+def leaves(made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `values` as leaves of their own, which want gradients where these have any."""
+    return {name: value.detach().requires_grad_(value.requires_grad) for name, value in made.items()}
+
+
+def differentiable(made: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `values`, or of their `leaves`, that have gradients."""
+    return {name: value for name, value in made.items() if value.requires_grad}
 
 
 def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -146,7 +190,9 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
         thetas: by the same names.
 
     Returns:
-        The values by the names of the stored tensors, and the weights that they make by the names of their nodes.
+        The values by the names of the stored tensors, and the weights that they make by the names of their nodes. A
+        weight of frozen codes and a scale a row has no gradient: `Student` has that of the scale from what layers
+        compute of it.
     """
     found = {name: v(thetas[name]) for name, v in variables.items() if v.kind != Kind.LATENT}
     for weight in settled(program):
@@ -159,6 +205,7 @@ def values(program: Program, variables: Mapping[str, Variable], thetas: Mapping[
             level = levels(rows, *tables)
         else:
             level = contract.dequantize(weight.merged_codes(program), tables)
+            level = level.detach() if weight.by_row(tables) else level
         found[weight.node.name] = level.reshape(weight.shape)
     return found
 

@@ -19,7 +19,7 @@ from mpq_compiler.formats.contract import WeightTables, rising
 from mpq_compiler.formats.entropy import EntropyFormat
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
-from mpq_compiler.ir.graph import arguments, operand
+from mpq_compiler.ir.graph import CONTRACTIONS, arguments, operand
 from mpq_compiler.ir.program import Program
 
 EDGE = 0.02
@@ -195,6 +195,11 @@ class Settled:
     def values(self, program: Program, read: Callable[[str], Tensor] | None = None) -> WeightTables[Tensor]:
         """The tables as tensors, the branch merged in; ``read`` gives the tensor of a name, by default the store's."""
         return self.tables.map(read or program.tensors.__getitem__)._replace(lut=self.table(program))
+
+    def by_row(self, tables: WeightTables[Tensor]) -> bool:
+        """Whether layers alone read it, and what they compute with a row of it is in proportion to one scale."""
+        one = tables.offset is None and tables.scale.numel() == self.shape[0]
+        return one and all(user.target in CONTRACTIONS and user.args[1] is self.node for user in self.node.users)
 
     def merged_codes(self, program: Program) -> Tensor:
         """The codes [O, K] in `table`, the branch merged in."""

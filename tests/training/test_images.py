@@ -56,7 +56,9 @@ def test_gradients_are_differences_of_the_loss(tmp_path, rows):
     objective.rows, objective.usual = rows, 1e-3
     generator = torch.Generator().manual_seed(0)
     stored = {str(n.target): program.tensors[str(n.target)] for n in program.graph.nodes if n.op == "get_attr"}
-    biases = {name: t + 0.05 * torch.randn(t.shape, generator=generator) for name, t in stored.items() if t.ndim == 1}
+    biases = {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in stored.items() if t.ndim == 1}
+    for bias in biases.values():
+        bias.requires_grad_()
     _, gradients = objective.gradients(2, biases)
     assert [*gradients] == [*biases]
     direction = {name: torch.randn(t.shape, generator=generator) for name, t in biases.items()}

@@ -197,6 +197,31 @@ def test_every_variable_has_a_gradient(options):
     assert not dead
 
 
+@pytest.mark.parametrize(
+    ("model", "pipeline", "by_weights"),
+    [("unet2d", CODED, {False}), ("dit", CODED, {False}), ("unet2d", programs.MIXED, {False, True})],
+)
+def test_scales_of_rows_have_their_gradients_from_outputs(model, pipeline, by_weights, monkeypatch):
+    """The same as by way of the weight, which has none then; weights with offsets or groups go on having one."""
+    program = programs.after(model, "round-weights", pipeline)
+    x, trained = programs.inputs(model, 3), student.variables(program, latent=False)
+    thetas = {name: theta.requires_grad_() for name, theta in anywhere(trained, 0.01).items()}
+
+    def found() -> tuple[list[torch.Tensor], set[bool]]:
+        made = student.values(program, trained, thetas)
+        weights = {made[w.node.name].requires_grad for w in settled(program) if w.node.name in made}
+        y = Student(program, made).run(x)
+        return [y, *torch.autograd.grad(y.square().sum(), list(thetas.values()))], weights
+
+    ours, with_gradients = found()
+    assert with_gradients == by_weights
+    monkeypatch.setattr(training_variables.Settled, "by_row", lambda self, tables: False)
+    theirs, with_gradients = found()
+    assert with_gradients == {True} and torch.equal(ours[0], theirs[0])
+    for name, one, other in zip(thetas, ours[1:], theirs[1:], strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm(), name
+
+
 @pytest.mark.invariant("quest-2", "dilatequant-9")
 def test_time_groups_that_a_batch_lacks_get_no_gradient():
     """Tables are trained by row: a call of one time moves the rows of its group alone."""
