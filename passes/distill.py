@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal
 
+from mpq_compiler.analysis import trajectory_error
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.blocks import Block
@@ -18,7 +19,7 @@ from mpq_compiler.pipeline.session import Session
 from mpq_compiler.training import by_parts, objective, outputs, trainer
 from mpq_compiler.training import data as training_data
 from mpq_compiler.training import images as whole_images
-from mpq_compiler.training.data import Data, affordable, calls, part_updates, trajectories
+from mpq_compiler.training.data import Data, affordable, calls, macs_of, part_updates, trajectories
 from mpq_compiler.training.relation_loss import Term
 from mpq_compiler.training.state import RATES, Stage
 from mpq_compiler.training.trainer import TRAINING, Outcome
@@ -135,25 +136,39 @@ class Distill(Pass):
             self.require(option, 0)
 
     def demand(self, asked: Asked) -> Demand:
-        """The minutes, on two cores; in memory the variables, or twice the bound where it trains part by part."""
+        """The minutes, on two cores, or the updates where so many are asked for, as the least of each part are.
+
+        In memory the variables, or twice the bound where it trains part by part.
+        """
         if not (self.minutes if self.updates is None else self.updates):
             return Demand()
-        variables = by_parts.LATENT if self.latent else by_parts.FROZEN
-        held = variables * asked.sizes.numbers + objective.VALUES * BATCH * asked.sizes.value_bytes
-        taken = Demand(seconds=2 * 60 * self.minutes, shared=min(held, 2 * self.memory * GIB))
-        if self.updates is not None:
-            taken = replace(asked.running(3 * BATCH * self.updates, BATCH), shared=taken.shared)
-        return taken
+        sizes, bound = asked.sizes, self.memory * GIB
+        variables = sizes.numbers * (by_parts.LATENT if self.latent else by_parts.FROZEN)
+        shared = min(variables + objective.VALUES * BATCH * sizes.value_bytes, 2 * bound)
+        parted, updates = self._parted(sizes.products, variables), self.updates
+        if parted and updates is None and part_updates(sizes.products, self.minutes, BATCH, ROWS) < self.least:
+            updates = self.least
+        if updates is None:
+            return Demand(seconds=2 * 60 * self.minutes, shared=shared)
+        batch, part = (BATCH, PART) if parted else (training_data.BATCH, trajectory_error.PART)
+        return replace(asked.running(3 * batch * updates, part), shared=shared)
+
+    def _parted(self, macs: int, variables: int) -> bool:
+        """Whether a program of so many multiply-accumulates, and bytes of variables, is trained part by part."""
+        if self.blocks:
+            return False
+        updates = affordable(macs, self.minutes) if self.updates is None else self.updates
+        enough = self.updates is not None or updates >= max(self.least, 1)
+        return bool(updates or self.least) and not (variables <= self.memory * GIB and enough)
 
     def run(self, program: Program, session: Session) -> Program:
         program = program.fork()
         if not (self.minutes if self.updates is None else self.updates):
             return program
-        updates = affordable(program, self.minutes) if self.updates is None else self.updates
-        fits = by_parts.held(program, self.latent > 0) <= self.memory * GIB
-        enough = self.updates is not None or updates >= max(self.least, 1)
-        if not self.blocks and (updates or self.least) and not (fits and enough):
+        macs = macs_of(program)
+        if self._parted(macs, by_parts.held(program, self.latent > 0)):
             return self._by_parts(program, session)
+        updates = affordable(macs, self.minutes) if self.updates is None else self.updates
         if not updates:
             program.note(f"distill: {self.minutes:g} minutes are not enough for one update of a model of this size")
             return program
@@ -201,7 +216,7 @@ class Distill(Pass):
         data, held_out = (replace(rows, part=PART) for rows in calls(session, samples, self.steps, 1))
         updates = self.updates
         if updates is None:
-            updates = max(self.least, part_updates(program, self.minutes, BATCH, len(data) + len(held_out)))
+            updates = max(self.least, part_updates(macs_of(program), self.minutes, BATCH, len(data) + len(held_out)))
         latent, memory = round(updates * self.latent), int(self.memory * GIB)
         last = by_parts.cuts(program, latent > 0, BATCH, memory)
         faster = self._rates(FASTER)
@@ -305,7 +320,8 @@ class Distill(Pass):
             found = blocks_of(session.denoiser.module.model, program)
             if self.updates is None:  # the minutes are to be those of the whole program
                 minutes = self.minutes * self.latent * (1 - self.unroll)
-                share, more = part_updates(program, minutes, training_data.BATCH, len(data) + len(held_out)), 0
+                rows = len(data) + len(held_out)
+                share, more = part_updates(macs_of(program), minutes, training_data.BATCH, rows), 0
             else:
                 share, more = divmod(latent, len(found))
 

@@ -120,22 +120,25 @@ def calls(session: Session, samples: int, steps: int, judging: int = HELD_OUT) -
         )
 
 
-def affordable(program: Program, minutes: float) -> int:
+def macs_of(program: Program) -> int:
+    """The multiply-accumulates of a call."""
+    return sum(costs.macs(program.facts[PLANNED]).values())
+
+
+def affordable(macs: int, minutes: float) -> int:
     """The number of training steps that fit in ``minutes``, estimated from the size of the model alone."""
-    macs = sum(costs.macs(program.facts[PLANNED]).values())
     return int(minutes * 60 * MACS / (3 * BATCH * max(macs, 1)))
 
 
-def part_updates(program: Program, minutes: float, batch: int, rows: int) -> int:
+def part_updates(macs: int, minutes: float, batch: int, rows: int) -> int:
     """The number of training steps of each part of a program that fit in ``minutes``, by the size of the model alone.
 
     Args:
-        program: of which the parts are, and which runs once on all calls, as the float program does.
+        macs: of the whole program, which runs once on all calls, as the float program does.
         minutes: of training.
         batch: calls in a step.
         rows: calls to train on and to judge by.
     """
-    macs = sum(costs.macs(program.facts[PLANNED]).values())
     return max(0, int((minutes * 60 * MACS / max(macs, 1) - 2 * rows) / (3 * batch)))
 
 

@@ -15,7 +15,7 @@ import torch
 
 from mpq_compiler.analysis import trajectory_error
 from mpq_compiler.frontend import trajectories
-from mpq_compiler.ir import blocks, costs
+from mpq_compiler.ir import blocks
 from mpq_compiler.ir.interpreter import run
 from mpq_compiler.ir.ops import fake_quantize
 from mpq_compiler.ir.program import NOTES, PLANNED, Program
@@ -369,13 +369,12 @@ def test_blocks_of_rewritten_programs(pipeline):
 
 def test_parts_have_the_minutes_of_the_whole():
     """Steps of all parts, and the two streams, take what so many steps of the whole program take."""
-    program, rows = start(), 40
-    macs = sum(costs.macs(program.facts[PLANNED]).values())
+    macs, rows = training_data.macs_of(start()), 40
     minutes = 1000 * 3 * training_data.BATCH * macs / training_data.MACS / 60
-    assert training_data.affordable(program, minutes) in (999, 1000)
-    each = training_data.part_updates(program, minutes, 8, rows)
+    assert training_data.affordable(macs, minutes) in (999, 1000)
+    each = training_data.part_updates(macs, minutes, 8, rows)
     assert 3 * 8 * each + 2 * rows == pytest.approx(1000 * 3 * training_data.BATCH, rel=0.01)
-    assert training_data.part_updates(program, 1e-9, 8, rows) == 0
+    assert training_data.part_updates(macs, 1e-9, 8, rows) == 0
 
 
 def test_the_pass_goes_through_the_blocks(tmp_path):
