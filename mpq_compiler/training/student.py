@@ -46,6 +46,10 @@ RANK = 16
 """The rank of the adapters of weights that are too wide to be trained themselves."""
 
 
+Context = Any
+"""What a function of autograd hands from one way to the other, which torch does not type."""
+
+
 class _Levels(torch.autograd.Function):
     """Quantizes rows [O, K] to their nearest levels, with straight-through gradients.
 
@@ -55,7 +59,7 @@ class _Levels(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, *parts: Any) -> Tensor:
+    def forward(ctx: Context, rows: Tensor, *parts: Any) -> Tensor:
         """``parts`` are those of `WeightTables`, one by one: autograd follows tensors that are operands themselves."""
         tables: WeightTables[Tensor] = WeightTables(*parts)
         scale, offset, segments = tables.scale, tables.offset, tables.segments
@@ -71,7 +75,7 @@ class _Levels(torch.autograd.Function):
         return level if offset is None else level + offset[:, None]
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Context, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         inside, slope = ctx.saved_tensors
         to_rows = gradient * inside
@@ -92,7 +96,7 @@ class _Rounded(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, s: Tensor, z: Tensor, most: int) -> Tensor:
+    def forward(ctx: Context, x: Tensor, s: Tensor, z: Tensor, most: int) -> Tensor:
         t = x * (torch.ones((), dtype=torch.float32) / s)
         code = torch.maximum(torch.minimum(t, most - z), -z)
         inside = torch.eq(t, code, out=torch.empty_like(t))  # 0 and 1: with booleans torch takes twice as long
@@ -101,7 +105,7 @@ class _Rounded(torch.autograd.Function):
         return code.mul_(s)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Context, *gradients: Tensor) -> Any:
         (gradient,) = gradients
         inside, slope, s = ctx.saved_tensors
         to_x = gradient * inside.to(torch.float32)
@@ -118,12 +122,12 @@ class _Scaled(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Context, output: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(output, scale, bias)
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
+    def backward(ctx: Context, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         (gradient,) = gradients
         output, scale, bias = ctx.saved_tensors
         linear = output if bias is None else output - bias
