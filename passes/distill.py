@@ -213,7 +213,7 @@ class Distill(Pass):
         assert session.denoiser is not None
         given = session.calibration is not None
         samples = 1 if given else max(1, ROWS // (self.steps * session.denoiser.calls_per_step))
-        data, held_out = (replace(rows, part=PART) for rows in calls(session, samples, self.steps, 1))
+        data, held_out = (replace(rows, part=PART) for rows in calls(session, samples, self.steps, 1, taught=False))
         updates = self.updates
         if updates is None:
             updates = max(self.least, part_updates(macs_of(program), self.minutes, BATCH, len(data) + len(held_out)))

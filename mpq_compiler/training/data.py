@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -85,7 +84,9 @@ class Data:
             yield self.select(torch.arange(start, min(start + self.part, len(self))))
 
 
-def calls(session: Session, samples: int, steps: int, judging: int = HELD_OUT) -> tuple[Data, Data]:
+def calls(
+    session: Session, samples: int, steps: int, judging: int = HELD_OUT, taught: bool = True
+) -> tuple[Data, Data]:
     """Records calls of the float model to train on, and others to judge by.
 
     Args:
@@ -93,31 +94,48 @@ def calls(session: Session, samples: int, steps: int, judging: int = HELD_OUT) -
         samples: the number of trajectories to train on.
         steps: of a trajectory.
         judging: the number of trajectories to judge by.
+        taught: whether what is trained on recorded inputs reads the model's outputs; parts have targets of their own.
     """
     denoiser = session.denoiser
     assert denoiser is not None
-    given = session.calibration
-    total = len(given["timestep"]) if given else (samples + judging) * steps * denoiser.calls_per_step
-    with session.track("teaching", total) as advance:
-
-        def teacher(**inputs: Any) -> np.ndarray:
-            output = denoiser(**inputs).numpy()
-            advance(len(output))
-            return output
-
-        if given is not None:
-            outputs = np.concatenate([teacher(**batch) for batch in batches(given)])
-            both = Data(given, torch.from_numpy(outputs))
-            chosen = held_out_rows(latent_numbers(given), given["timestep"], HELD_OUT)
-            if not bool(chosen.any()):
-                return both, both
-            return both.select(~chosen), both.select(chosen)
+    if session.calibration is not None:
+        return _split(session.calibration, session, taught)
+    with session.track("teaching", (samples + judging) * steps * denoiser.calls_per_step) as advance:
+        teacher = _teacher(session, advance)
         seed = session.seed + SEED
         stride = samples * denoiser.calls_per_step
         return (
             Data(*record_teacher(denoiser, samples, steps, seed, teacher), stride=stride),
             Data(*record_teacher(denoiser, judging, steps, seed + 1, teacher)),
         )
+
+
+def _split(given: Mapping[str, Tensor], session: Session, taught: bool) -> tuple[Data, Data]:
+    """Calls to train on and to judge by of those that are given: all of them for both where none can be held out."""
+    held_out = held_out_rows(latent_numbers(given), given["timestep"], HELD_OUT)
+    split = bool(held_out.any())
+    train, judged = ({name: value[rows] for name, value in given.items()} for rows in (~held_out, held_out))
+    sides = [judged] if split and not taught else [train, judged] if split else [train]
+    with session.track("teaching", sum(len(side["timestep"]) for side in sides)) as advance:
+        teacher = _teacher(session, advance)
+        outputs = [np.concatenate([teacher(**batch) for batch in batches(side)]) for side in sides]
+    found = [Data(side, torch.from_numpy(made)) for side, made in zip(sides, outputs, strict=True)]
+    if split and not taught:
+        found.insert(0, Data(train, torch.empty(len(train["timestep"]), 0)))
+    return found[0], found[-1]
+
+
+def _teacher(session: Session, advance: Callable[[int], None]) -> Callable[..., np.ndarray]:
+    """The float model, which says how many calls it has answered."""
+    denoiser = session.denoiser
+    assert denoiser is not None
+
+    def teacher(**inputs: Tensor) -> np.ndarray:
+        output = denoiser(**inputs).numpy()
+        advance(len(output))
+        return output
+
+    return teacher
 
 
 def macs_of(program: Program) -> int:

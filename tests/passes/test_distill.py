@@ -300,6 +300,10 @@ def test_given_calls_are_what_it_trains_on(tmp_path):
     assert len(data) + len(judged) == len(given.calibration["timestep"])
     assert torch.equal(data.targets, denoiser(**data.inputs))
     assert set(data.inputs["timestep"].tolist()) >= set(judged.inputs["timestep"].tolist())
+    untaught, again = training_data.calls(given, 99, 99, taught=False)
+    assert len(untaught) == len(data) and not untaught.targets.numel()
+    assert all(torch.equal(untaught.inputs[name], value) for name, value in data.inputs.items())
+    assert torch.equal(again.targets, judged.targets)
     recorded = training_data.calls(replace(given, calibration=None), 2, 3)
     assert [len(d) for d in recorded] == [6, 3 * training_data.HELD_OUT]
 
