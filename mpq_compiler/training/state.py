@@ -111,7 +111,7 @@ def key(
     latents = {name: v.start for name, v in trained.items() if v.kind == Kind.LATENT}
     times = program.facts[TIME_GROUPS] if stage.relation else ""  # by which it keeps what other steps had
     kinds = [(name, type(v).__name__, v.kind, v.dtype, v.most, v.together) for name, v in trained.items()]
-    versions = f"3 {seed} {stage}{times} {kinds} {arithmetic()}"
+    versions = f"4 {seed} {stage}{times} {kinds} {arithmetic()}"
     if stage.relation is not None:  # whose teacher is the float program
         read |= {str(n.target) for n in program.facts[PLANNED].graph.nodes if n.op == "get_attr"}
     tensors = program.tensors.content(read)
