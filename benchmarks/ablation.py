@@ -93,6 +93,7 @@ PARTS: dict[str, dict[str, Change]] = {
         "dilation": _without("equalize"),
         "training block by block": _with("distill", blocks=False),
         **RATES,
+        "+ four times the learning rate": _with("distill", rate=4.0),
     },
     "mpq-dmv2": {
         "training": _without("distill"),
