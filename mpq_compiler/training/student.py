@@ -142,13 +142,13 @@ class Student(Interpreter):
         """Prepares a run with values as the function `values` makes them."""
         super().__init__(program)
         self.values = values
-        totals = [w.node for w in settled(program) if w.signs is not None and w.node.name in values]
-        self.unread = frozenset(operand(total, part) for total in totals for part in (0, 1))
+        weights = [w for w in settled(program) if w.node.name in values]
+        self.unread = frozenset(operand(w.node, part) for w in weights if w.signs is not None for part in (0, 1))
+        scales = ((w, values[w.tables.scale]) for w in weights if w.tables.scale in values)
         self.scaled = {
-            layer: values[w.tables.scale]
-            for w in settled(program)
-            if w.tables.scale in values and values[w.tables.scale].requires_grad
-            if w.node.name in values and not values[w.node.name].requires_grad
+            layer: scale
+            for w, scale in scales
+            if scale.requires_grad and not values[w.node.name].requires_grad
             for layer in w.node.users
         }
         """Layers whose outputs, rather than their weights, have the gradients of these scales."""
