@@ -94,6 +94,7 @@ PARTS: dict[str, dict[str, Change]] = {
         "training block by block": _with("distill", blocks=False),
         **RATES,
         "+ four times the learning rate": _with("distill", rate=4.0),
+        "+ eight times the learning rate": _with("distill", rate=8.0),
     },
     "mpq-dmv2": {
         "training": _without("distill"),
