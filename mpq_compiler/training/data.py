@@ -113,15 +113,15 @@ def calls(
 def _split(given: Mapping[str, Tensor], session: Session, taught: bool) -> tuple[Data, Data]:
     """Calls to train on and to judge by of those that are given: all of them for both where none can be held out."""
     held_out = held_out_rows(latent_numbers(given), given["timestep"], HELD_OUT)
-    split = bool(held_out.any())
     train, judged = ({name: value[rows] for name, value in given.items()} for rows in (~held_out, held_out))
-    sides = [judged] if split and not taught else [train, judged] if split else [train]
-    with session.track("teaching", sum(len(side["timestep"]) for side in sides)) as advance:
+    sides = [train, judged] if bool(held_out.any()) else [train]
+    asked = sides if taught else sides[-1:]
+    with session.track("teaching", sum(len(side["timestep"]) for side in asked)) as advance:
         teacher = _teacher(session, advance)
-        outputs = [np.concatenate([teacher(**batch) for batch in batches(side)]) for side in sides]
-    found = [Data(side, torch.from_numpy(made)) for side, made in zip(sides, outputs, strict=True)]
-    if split and not taught:
-        found.insert(0, Data(train, torch.empty(len(train["timestep"]), 0)))
+        outputs = [torch.from_numpy(np.concatenate([teacher(**batch) for batch in batches(side)])) for side in asked]
+    if len(asked) < len(sides):
+        outputs.insert(0, torch.empty(len(train["timestep"]), 0))
+    found = [Data(side, made) for side, made in zip(sides, outputs, strict=True)]
     return found[0], found[-1]
 
 

@@ -9,7 +9,9 @@ import torch
 
 from mpq_compiler.ir import segments
 from mpq_compiler.ir.interpreter import Interpreter, run
+from mpq_compiler.training import student
 from mpq_compiler.training.student import Student, values, variables
+from mpq_compiler.training.variables import settled
 from tests.harness import programs
 
 MODELS = ("unet2d", "pixart")
@@ -51,6 +53,28 @@ def test_gradients_are_those_of_one_pass_bit_for_bit(model, count):
     segments.backward(Student(program, other), inputs, last, lambda y: gradients[:1])
     for name, leaf in one.items():
         assert leaf.grad is None or torch.equal(leaf.grad, other[name].grad)
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_gradients_of_frozen_codes_are_those_of_one_pass(count):
+    """Scales of rows have theirs from what layers compute, in whichever segment that is; weights have none."""
+    coded = programs.RESIDUAL.replace("int2+b", "ec2")
+    program, inputs = programs.after("unet2d", "round-weights", coded), dict(programs.inputs("unet2d", 3))
+    costs = segments.value_bytes(program, 3)
+    last = segments.ends(program, costs, sum(costs.values()) // count)
+    trained = variables(program, False)
+    made = values(program, trained, {name: v.zeros().requires_grad_() for name, v in trained.items()})
+    one, other = student.leaves(made), student.leaves(made)
+    output = Student(program, one).run(inputs)
+    gradient = torch.randn(output.shape)
+    output.backward(gradient)
+    segments.backward(Student(program, other), inputs, last, lambda y: [gradient])
+    assert len(last) >= count and not all(leaf.requires_grad for leaf in one.values())
+    for name, leaf in one.items():
+        mine, theirs = leaf.grad, other[name].grad
+        assert (mine is None) == (theirs is None) and (mine is None or torch.equal(mine, theirs)), name
+    scales = [w.tables.scale for w in settled(program)]
+    assert scales and all(one[name].grad is not None and one[name].grad.abs().sum() > 0 for name in scales)
 
 
 def test_a_segment_holds_what_it_computes_and_no_more():
