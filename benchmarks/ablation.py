@@ -95,6 +95,8 @@ PARTS: dict[str, dict[str, Change]] = {
         **RATES,
         "+ four times the learning rate": _with("distill", rate=4.0),
         "+ eight times the learning rate": _with("distill", rate=8.0),
+        "+ 16 times the learning rate": _with("distill", rate=16.0),
+        "+ 32 times the learning rate": _with("distill", rate=32.0),
     },
     "mpq-dmv2": {
         "training": _without("distill"),
