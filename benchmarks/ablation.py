@@ -59,8 +59,8 @@ def _formats(kept: Callable[[str], bool]) -> Change:
 
 
 RATES: dict[str, Change] = {
-    "+ half the learning rate": _with("distill", rate=0.5),
-    "+ twice the learning rate": _with("distill", rate=2.0),
+    "+ half the usual learning rate": _with("distill", rate=0.5),
+    "+ twice the usual learning rate": _with("distill", rate=2.0),
 }
 PARTS: dict[str, dict[str, Change]] = {
     "default": {
@@ -93,10 +93,10 @@ PARTS: dict[str, dict[str, Change]] = {
         "dilation": _without("equalize"),
         "training block by block": _with("distill", blocks=False),
         **RATES,
-        "+ four times the learning rate": _with("distill", rate=4.0),
-        "+ eight times the learning rate": _with("distill", rate=8.0),
-        "+ 16 times the learning rate": _with("distill", rate=16.0),
-        "+ 32 times the learning rate": _with("distill", rate=32.0),
+        "+ the usual learning rate": _with("distill", rate=1.0),
+        "+ 4 times the usual learning rate": _with("distill", rate=4.0),
+        "+ 8 times the usual learning rate": _with("distill", rate=8.0),
+        "+ 32 times the usual learning rate": _with("distill", rate=32.0),
     },
     "mpq-dmv2": {
         "training": _without("distill"),
