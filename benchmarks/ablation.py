@@ -3,11 +3,11 @@
     python -m benchmarks.ablation                      # the table of what is there
     python -m benchmarks.ablation --all                # computes what is missing, row by row; goes on where it was
     python -m benchmarks.ablation --all --setting W4A4 --part GPTQ training --docs docs/recipes/default.md
-    python -m benchmarks.ablation --all --recipe mpq-dmv2 --part relation
+    python -m benchmarks.ablation --all --recipe mpq-dmv2 --part relation --seeds 3
 
 Every row is the recipe with one part taken away or, behind a plus, with one that it leaves out. Its image SQNR less
-that of the whole recipe, which is the cell of `benchmarks.quality`, has a paired bootstrap interval over the images.
-Results lie in benchmarks/results/ablation/.
+that of the whole recipe, which is the cell of `benchmarks.quality`, has a paired bootstrap interval over the images,
+and over the seeds where several are there. Results lie in benchmarks/results/ablation/.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -150,22 +151,24 @@ class Row(quality_cells.Cell):
 
 
 def compared(rows: list[Row]) -> list[list[str]]:
-    """A line for each row that is there: names, image SQNR, what the part is worth, with its interval.
+    """A line for each part of rows that is there: names, seeds, means of them, what the part is worth, with its interval.
 
-    The whole recipe has one where a part of it is there.
+    A part has the seeds of which the whole recipe is there too; the whole recipe has a line where a part has one.
     """
-    lines, known = [], {(row.model, row.setting) for row in rows if row.part and row.file.exists()}
-    for row in rows:
-        whole, found = replace(row, part="").result(), row.result()
-        if not whole or not found or (row.model, row.setting) not in known:
+    lines, known = [], {replace(row, part="", seed=0) for row in rows if row.part and row.result()}
+    for part in dict.fromkeys(replace(row, seed=0) for row in rows):
+        seeds = [row for row in rows if replace(row, seed=0) == part]
+        pairs = [(found, whole) for row in seeds if (found := row.result()) and (whole := replace(row, part="").result())]
+        if not pairs or replace(part, part="") not in known:
             continue
-        worth = "" if not row.part else difference([found], [whole])
-        numbers = [f"{found[name]:.{digits}f}" for name, digits in (("sqnr_db", 1), ("image_sqnr_db", 1))]
-        lines.append([row.model, row.setting, row.title, *numbers, worth])
+        found, wholes = zip(*pairs, strict=True)
+        means = [f"{statistics.mean(row[name] for row in found):.1f}" for name in ("sqnr_db", "image_sqnr_db")]
+        worth = difference(found, wholes) if part.part else ""
+        lines.append([part.model, part.setting, part.title, str(len(found)), *means, worth])
     return lines
 
 
-HEADERS = ("model", "setting", "recipe", "SQNR, dB", "images: SQNR, dB", "to the whole recipe, dB")
+HEADERS = ("model", "setting", "recipe", "seeds", "SQNR, dB", "images: SQNR, dB", "to the whole recipe, dB")
 
 
 def main() -> None:
@@ -177,6 +180,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="compute the rows that are missing")
     parser.add_argument("--minutes", type=float, default=quality_cells.MINUTES)
     parser.add_argument("--images", type=int, default=quality_cells.IMAGES)
+    parser.add_argument("--seeds", type=int, default=1, help="of calibration and training (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--docs", type=Path, help="write the results into this file, between the marks")
     options = parser.parse_args()
@@ -185,20 +189,21 @@ def main() -> None:
         names = ", ".join(PARTS[options.recipe])
         parser.error(f"{options.recipe} has no part {sorted(unknown)[0]}: choose from {names}")
     rows = [
-        Row(model, setting, options.recipe, options.minutes, 0, options.images, part)
+        Row(model, setting, options.recipe, options.minutes, seed, options.images, part)
         for model in options.model
         for setting in options.setting
         for part in ("", *parts)
+        for seed in range(options.seeds)
     ]
     missing = [row for row in rows if not row.file.exists()]
     print(f"{len(rows) - len(missing)} of {len(rows)} rows are there", flush=True)
     for row in missing if options.all else ():
-        print(f"{row.name} ...", flush=True)
+        print(f"{row.name}, seed {row.seed} ...", flush=True)
         found = quality.compute(row, options.jobs).rows[0]
         write(row.file, found)
-        print(f"{row.name}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
+        print(f"{row.name}, seed {row.seed}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
     lines = compared(rows)
-    terminal.table(f"parts of {options.recipe}", HEADERS, lines, numeric=(3, 4))
+    terminal.table(f"parts of {options.recipe}", HEADERS, lines, numeric=(3, 4, 5))
     if options.docs:
         documents.insert(options.docs, "ablation", documents.table(HEADERS, lines))
 

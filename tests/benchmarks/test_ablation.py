@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks import ablation, quality_cells
 from benchmarks.ablation import PARTS, Row
 from mpq_compiler.driver import options, resolve
 from mpq_compiler.pipeline import manager
@@ -18,3 +19,18 @@ def test_a_recipe_without_a_part_is_a_pipeline_that_differs(recipe, part):
     )
     assert (made == whole) == (not part)
     manager.check(resolve.resolve(options.Options(**row.options(800_000))))
+
+
+def test_a_part_is_compared_by_the_seeds_that_the_whole_recipe_has_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "RESULTS", tmp_path)
+    monkeypatch.setattr(quality_cells, "RESULTS", tmp_path)
+    known = [("", 0, 10.0), ("", 1, 40.0), ("GPTQ", 0, 20.0), ("GPTQ", 1, 80.0), ("GPTQ", 2, 1.0), ("training", 0, 10.0)]
+    for part, seed, error in known:
+        row = {"sqnr_db": 30.0 - error, "image_sqnr_db": 20.0 + seed, "errors": [error] * 50}
+        quality_cells.write(Row("fashion-unet", "W4A4", "default", seed=seed, part=part).file, row)
+    parts = ("", "GPTQ", "training", "rotation")
+    rows = [Row("fashion-unet", "W4A4", "default", seed=seed, part=part) for part in parts for seed in range(3)]
+    whole, gptq, training = ablation.compared(rows)
+    assert whole[2:] == ["the whole recipe", "2", "5.0", "20.5", ""]
+    assert gptq[2:] == ["without GPTQ", "2", "-20.0", "20.5", "-3.01 (-3.01 .. -3.01)"]
+    assert training[2:] == ["without training", "1", "20.0", "20.0", "+0.00 (+0.00 .. +0.00)"]
