@@ -120,7 +120,7 @@ class Row(quality_cells.Cell):
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.setting}, {self.title}"
+        return f"{self.model} {self.setting}, {self.title}, seed {self.seed}"
 
     @property
     def title(self) -> str:
@@ -129,7 +129,7 @@ class Row(quality_cells.Cell):
         return self.part if self.part.startswith("+") else f"without {self.part}"
 
     @property
-    def recipe_changed(self) -> Recipe:
+    def used(self) -> Recipe:
         recipe = recipes.load(self.recipe)
         return PARTS[self.recipe][self.part](recipe) if self.part else recipe
 
@@ -137,28 +137,26 @@ class Row(quality_cells.Cell):
     def file(self) -> Path:
         if not self.part:
             return quality_cells.Cell(self.model, self.setting, self.recipe, self.minutes, self.seed, self.images).file
-        recipe = self.recipe_changed
-        text = f"{sorted(asdict(self).items())} {json.dumps([recipe.pipeline, recipe.options], sort_keys=True)}"
+        text = f"{sorted(asdict(self).items())} {json.dumps(self.made, sort_keys=True)}"
         name = self.part.strip("+ ").replace(" ", "-").lower()
         return RESULTS / f"{self.model}-{self.setting}-{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
 
-    def options(self, budget: int) -> dict[str, Any]:
+    def options(self, budget: quality_cells.Budget) -> dict[str, Any]:
         given = super().options(budget)
-        if "distill" not in self.recipe_changed.pipeline:
-            given = {key: value for key, value in given.items() if key not in ("minutes", "effort")}
         del given["recipe"]
-        return {**given, "pipeline": ",".join(p.text() for p in self.recipe_changed.passes())}
+        return {**given, "pipeline": ",".join(p.text() for p in self.used.passes())}
 
 
 def compared(rows: list[Row]) -> list[list[str]]:
-    """A line for each part of rows that is there: names, seeds, means of them, what the part is worth, with its interval.
+    """A line for each part that is there: names, seeds, their means, what the part is worth, with its interval.
 
     A part has the seeds of which the whole recipe is there too; the whole recipe has a line where a part has one.
     """
     lines, known = [], {replace(row, part="", seed=0) for row in rows if row.part and row.result()}
     for part in dict.fromkeys(replace(row, seed=0) for row in rows):
         seeds = [row for row in rows if replace(row, seed=0) == part]
-        pairs = [(found, whole) for row in seeds if (found := row.result()) and (whole := replace(row, part="").result())]
+        both = [(row.result(), replace(row, part="").result()) for row in seeds]
+        pairs = [(found, whole) for found, whole in both if found and whole]
         if not pairs or replace(part, part="") not in known:
             continue
         found, wholes = zip(*pairs, strict=True)
@@ -198,10 +196,10 @@ def main() -> None:
     missing = [row for row in rows if not row.file.exists()]
     print(f"{len(rows) - len(missing)} of {len(rows)} rows are there", flush=True)
     for row in missing if options.all else ():
-        print(f"{row.name}, seed {row.seed} ...", flush=True)
+        print(f"{row.name} ...", flush=True)
         found = quality.compute(row, options.jobs).rows[0]
         write(row.file, found)
-        print(f"{row.name}, seed {row.seed}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
+        print(f"{row.name}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
     lines = compared(rows)
     terminal.table(f"parts of {options.recipe}", HEADERS, lines, numeric=(3, 4, 5))
     if options.docs:

@@ -7,7 +7,8 @@
 
 A cell is a recipe at a setting on a model. ``W2A8`` is the bytes that uniform ``int2`` takes in all layers but the
 ends, which have 8 bits, overheads included, one in forty more, for the tables of twenty time groups of some recipes,
-and 8-bit activations: what a recipe does with these bytes is its affair. Models are the judges, on which no recipe was
+and 8-bit activations: what a recipe does with these bytes is its affair. Recipes whose activations have several widths
+have the average bits of those of one width whose ends have 8. Models are the judges, on which no recipe was
 developed (results/judges/README.md), and the bundled ones, on which they were, at two settings. All draw the same noise
 in the same steps; judges draw with other samplers too, in 4 to 50 steps, than calibration did. `image_sqnr_db` has a
 paired bootstrap interval of its difference to the best published recipe: the same images are drawn with replacement for
@@ -47,6 +48,7 @@ from benchmarks.quality_cells import (
     RESULTS,
     SAMPLERS,
     SETTINGS,
+    Budget,
     Cell,
     budget_of,
     cells_of,
@@ -124,11 +126,11 @@ class Outcome:
     """The first images of the float model and of the cell, where they are shown."""
 
 
-def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: int | None = None) -> Outcome:
+def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: Budget | None = None) -> Outcome:
     """The rows of a cell: compiled, drawn and judged against the float model.
 
-    counts: of images, a row for each where given; fewer images are the first of more. budget: in bytes, where it is
-    known already.
+    counts: of images, a row for each where given; fewer images are the first of more. budget: where it is known
+    already.
     """
     counts = counts or [cell.images]
     begin = time.perf_counter()
@@ -147,7 +149,7 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: int | Non
     known = {
         "true_bits": report.weights["average_bits"],
         "bytes": report.weights["bytes"],
-        "budget": budget,
+        "budget": budget._asdict(),
         "sqnr_db": report.quality["sqnr_db"],
         "seconds": seconds,
         "fallbacks": len(report.fallbacks),
@@ -207,7 +209,7 @@ def complete(
         keep(cell, _attempt(jobs, (cell, None)))
 
 
-def _attempt(jobs: int, task: tuple[Cell, int | None]) -> Outcome | str:
+def _attempt(jobs: int, task: tuple[Cell, Budget | None]) -> Outcome | str:
     """What is computed of a cell, or why its recipe cannot keep the budget: a task, as of `RunContext.tasks`."""
     cell, budget = task
     try:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mpq_compiler.driver import lower
 from mpq_compiler.driver import options as driver_options
 from mpq_compiler.frontend import denoiser
 from mpq_compiler.ir import costs
+from mpq_compiler.ir.program import Program
+from mpq_compiler.passes.bit_allocation import BitAllocation
 from mpq_compiler.passes.distill import Distill
 from mpq_compiler.pipeline import recipes
 
@@ -64,6 +67,14 @@ MINUTES, IMAGES = 4.0, 250
 """Of training in each cell, and to judge it by."""
 
 
+class Budget(NamedTuple):
+    """What a cell may cost."""
+
+    bytes: int
+    activations: float
+    """The average bits of activations, where a recipe has several widths of them."""
+
+
 @dataclass(frozen=True)
 class Cell:
     """What is compiled and judged."""
@@ -82,10 +93,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Of the file of its result: changes with all that the result depends on but the code."""
-        text = ""
-        if self.recipe not in BASELINES:
-            recipe = recipes.load(self.recipe)
-            text = json.dumps([recipe.pipeline, recipe.options], sort_keys=True)
+        text = "" if self.recipe in BASELINES else json.dumps(self.made, sort_keys=True)
         digest = hashlib.sha256(f"3 {sorted(asdict(self).items())} {text}".encode()).hexdigest()
         return f"{self.model}-{self.setting}-{self.recipe}-{self.seed}-{digest[:8]}"
 
@@ -108,15 +116,30 @@ class Cell:
         row = read(self.file)
         return row if "errors" in row else None
 
-    def options(self, budget: int) -> dict[str, Any]:
-        """Of `compile.compile`, with that budget of bytes."""
+    @property
+    def used(self) -> recipes.Recipe:
+        return recipes.load(self.recipe)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether activations have several widths, and a budget of average bits, where they have fewer than 8."""
+        (step,) = (step for step in self.used.passes() if isinstance(step, BitAllocation))
+        return not step.alike and SETTINGS[self.setting][1] < 8
+
+    @property
+    def made(self) -> list[Any]:
+        """All of the recipe that a result depends on, as JSON has it."""
+        return [self.used.pipeline, self.used.options, *(["activations as ends"] if self.mixes else [])]
+
+    def options(self, budget: Budget) -> dict[str, Any]:
+        """Of `compile.compile`, with that budget."""
         weights, activations = SETTINGS[self.setting]
         if self.recipe in BASELINES:
             pipeline = UNIFORM.format(w=weights, a=activations, method=BASELINES[self.recipe])
             return {"pipeline": pipeline, "seed": self.seed}
-        recipe = recipes.load(self.recipe)
-        given = {"recipe": self.recipe, "weights": f"{budget}B", "activations": activations, "seed": self.seed}
-        if "distill" not in recipe.pipeline:
+        asked = budget.activations if self.mixes else activations
+        given = {"recipe": self.recipe, "weights": f"{budget.bytes}B", "activations": asked, "seed": self.seed}
+        if "distill" not in self.used.pipeline:
             return given
         best = self.recipe == "default" and self.minutes == BEST_MINUTES
         return given | ({"effort": "best"} if best else {"minutes": self.minutes})
@@ -144,29 +167,30 @@ def source(model: str) -> str:
     return str(JUDGES / model) if model in JUDGED else model
 
 
-def budget_of(model: str, setting: str) -> int:
-    """Stored bytes of uniform weights in all layers but the ends, which have 8 bits, and one in forty more.
+def budget_of(model: str, setting: str) -> Budget:
+    """What uniform widths in all layers but the ends, which have 8 bits, cost: of stored bytes one in forty more.
 
-    Of bits in which there are no uniform weights they are those between the next fewer and more.
+    Of bits in which there are no uniform weights bytes are those between the next fewer and more.
     """
-    bits = SETTINGS[setting][0]
+    bits, activations = SETTINGS[setting]
     less, more = max(b for b in WIDTHS if b <= bits), min(b for b in WIDTHS if b >= bits)
-    sizes = [_uniform_bytes(model, width) for width in (less, more)]
+    sizes = [_uniform(model, f"int{width}", width, 8, costs.stored_bytes) for width in (less, more)]
     size = sizes[0] + (sizes[1] - sizes[0]) * (bits - less) // max(1, more - less)
-    return size * 41 // 40
+    average = _uniform(model, f"u{activations}", 8, activations, costs.activation_bits) if activations < 8 else 8.0
+    return Budget(int(size * 41 // 40), math.floor(1000 * average) / 1000)
 
 
-def _uniform_bytes(model: str, bits: int) -> int:
+def _uniform(model: str, name: str, weights: int, activations: int, cost: Callable[[Program], float]) -> float:
+    """What uniform widths cost, by the name under which that is kept."""
     file = RESULTS / "sizes.json"
     known = read(file)
-    name = f"{model} int{bits}"
-    if name not in known:
-        pipeline = UNIFORM.format(w=bits, a=8, method="nearest")
+    if (key := f"{model} {name}") not in known:
+        pipeline = UNIFORM.format(w=weights, a=activations, method="nearest")
         lowered = lower.lower(denoiser.load(source(model)), driver_options.Options(pipeline=pipeline, samples=1))
         assert lowered.planned is not None
-        known[name] = costs.stored_bytes(lowered.planned)
+        known[key] = cost(lowered.planned)
         write(file, known)
-    return int(known[name])
+    return float(known[key])
 
 
 def float_strip(model: str) -> Path:

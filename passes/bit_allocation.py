@@ -197,8 +197,7 @@ class BitAllocation(Pass):
         self.require("attention", 2, 8)
         self.require("ends", 2, 8)
         self.require("activations", 2)
-        alike = self.uniform is not None or self.scored or not self.mixed
-        if alike and self.activations < UNQUANTIZED and self.activations % 1:
+        if self.alike and self.activations < UNQUANTIZED and self.activations % 1:
             raise UserError(
                 f"bit-allocation{{activations={self.activations:g}}}: all activations have one width here; give "
                 "a whole number of bits"
@@ -214,6 +213,11 @@ class BitAllocation(Pass):
                     f"bit-allocation{{{option}}} and activation_format=float exclude each other: small floats are "
                     "simulated in the static inputs of layers, and have no times"
                 )
+
+    @property
+    def alike(self) -> bool:
+        """Whether all activations have one width, but for what options give another."""
+        return self.uniform is not None or self.scored or not self.mixed
 
     @property
     def scored(self) -> bool:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import ablation, quality_cells
 from benchmarks.ablation import PARTS, Row
+from benchmarks.quality_cells import Budget
 from mpq_compiler.driver import options, resolve
 from mpq_compiler.pipeline import manager
 
@@ -14,18 +15,18 @@ from mpq_compiler.pipeline import manager
 def test_a_recipe_without_a_part_is_a_pipeline_that_differs(recipe, part):
     row = Row("fashion-unet", "W4A4", recipe, part=part)
     made, whole = (
-        [step.text() for step in resolve.resolve(options.Options(**each.options(800_000)))]
+        [step.text() for step in resolve.resolve(options.Options(**each.options(Budget(800_000, 4.15))))]
         for each in (row, Row("fashion-unet", "W4A4", recipe))
     )
     assert (made == whole) == (not part)
-    manager.check(resolve.resolve(options.Options(**row.options(800_000))))
+    manager.check(resolve.resolve(options.Options(**row.options(Budget(800_000, 4.15)))))
 
 
 def test_a_part_is_compared_by_the_seeds_that_the_whole_recipe_has_too(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation, "RESULTS", tmp_path)
     monkeypatch.setattr(quality_cells, "RESULTS", tmp_path)
-    known = [("", 0, 10.0), ("", 1, 40.0), ("GPTQ", 0, 20.0), ("GPTQ", 1, 80.0), ("GPTQ", 2, 1.0), ("training", 0, 10.0)]
-    for part, seed, error in known:
+    known = {"": (10.0, 40.0), "GPTQ": (20.0, 80.0, 1.0), "training": (10.0,)}
+    for part, seed, error in ((part, *each) for part, errors in known.items() for each in enumerate(errors)):
         row = {"sqnr_db": 30.0 - error, "image_sqnr_db": 20.0 + seed, "errors": [error] * 50}
         quality_cells.write(Row("fashion-unet", "W4A4", "default", seed=seed, part=part).file, row)
     parts = ("", "GPTQ", "training", "rotation")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import quality, quality_cells, quality_tables
-from benchmarks.quality_cells import CLAIM, Cell
+from benchmarks.quality_cells import CLAIM, Budget, Cell
 from mpq_compiler.driver import options, resolve
 from mpq_compiler.support.errors import BudgetError, UserError
 
@@ -92,9 +92,9 @@ def test_cells_are_tasks_of_a_cluster_and_are_written_as_they_end(results, monke
     """Each goes with its budget, and comes back as rows, images or a refusal, which are written here."""
     cells = [Cell("emoji-unet", "W2A8", name) for name in ("default", "fpq", "mixdq")]
 
-    def compute(cell: Cell, jobs: int, counts: list[int], budget: int) -> quality.Outcome:
+    def compute(cell: Cell, jobs: int, counts: list[int], budget: Budget) -> quality.Outcome:
         if cell.recipe == "mixdq":
-            raise BudgetError(f"a budget of {budget} bytes cannot be met")
+            raise BudgetError(f"a budget of {budget.bytes} bytes cannot be met")
         shared = {"image_sqnr_db": 3, "seconds": jobs}
         rows = [row(1, 0) | shared | {"cell": asdict(replace(cell, images=count))} for count in counts]
         return quality.Outcome(rows, [np.zeros((2, 1, 4, 4), np.float32)] * 2 if cell.strip else [])
@@ -108,7 +108,7 @@ def test_cells_are_tasks_of_a_cluster_and_are_written_as_they_end(results, monke
                 assert item[0].is_there
 
     monkeypatch.setattr(quality, "compute", compute)
-    monkeypatch.setattr(quality, "budget_of", lambda model, setting: 7)
+    monkeypatch.setattr(quality, "budget_of", lambda model, setting: Budget(7, 4.25))
     monkeypatch.setattr(quality, "float_strip", lambda model: quality_cells.RESULTS / "float.png")
     quality.complete("cells", cells, True, 8, Backwards())
     assert [cell.result() is None for cell in cells] == [False, False, True]
@@ -117,12 +117,28 @@ def test_cells_are_tasks_of_a_cluster_and_are_written_as_they_end(results, monke
 
 
 def test_minutes_change_nothing_else_of_a_published_recipe():
-    short, long = (Cell("fashion-unet", "W2A8", "mpq-dm", minutes).options(500_000) for minutes in (4.0, 30.0))
+    budget = Budget(500_000, 8.0)
+    short, long = (Cell("fashion-unet", "W2A8", "mpq-dm", minutes).options(budget) for minutes in (4.0, 30.0))
     assert short | {"minutes": 30.0} == long
-    best = Cell("fashion-unet", "W2A8", "default", 30.0).options(500_000)
+    best = Cell("fashion-unet", "W2A8", "default", 30.0).options(budget)
     assert best["effort"] == "best" and "minutes" not in best
     distill = resolve.resolve(options.Options(recipe="mpq-dm", effort="best"))[-3]
     assert (distill.minutes, distill.latent, distill.window) == (30.0, 1.0, 2)
+
+
+def test_recipes_that_mix_activations_have_the_average_of_one_width_with_ends():
+    """Others have the width itself, and ends of 8 bits over it; at 8 bits both are the same."""
+    assert 4 < quality_cells.budget_of("emoji-unet", "W4A4").activations < 4.5
+    assert quality_cells.budget_of("emoji-unet", "W2A8").activations == 8
+    asked = {
+        (recipe, setting): Cell("emoji-unet", setting, recipe).options(Budget(10**6, 4.25)).get("activations")
+        for recipe in ("default", "mixdq", "mpq-dm", "qua2sedimo")
+        for setting in ("W4A4", "W2A8")
+    }
+    assert asked == {
+        ("default", "W4A4"): 4.25, ("default", "W2A8"): 8, ("mixdq", "W4A4"): 4.25, ("mixdq", "W2A8"): 8,
+        ("mpq-dm", "W4A4"): 4, ("mpq-dm", "W2A8"): 8, ("qua2sedimo", "W4A4"): 4, ("qua2sedimo", "W2A8"): 8,
+    }  # fmt: skip
 
 
 def test_the_objective_of_the_paper_is_an_option():
