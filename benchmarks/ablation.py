@@ -96,7 +96,7 @@ PARTS: dict[str, dict[str, Change]] = {
         **RATES,
         "+ the usual learning rate": _with("distill", rate=1.0),
         "+ 4 times the usual learning rate": _with("distill", rate=4.0),
-        "+ 8 times the usual learning rate": _with("distill", rate=8.0),
+        "+ 16 times the usual learning rate": _with("distill", rate=16.0),
         "+ 32 times the usual learning rate": _with("distill", rate=32.0),
     },
     "mpq-dmv2": {
