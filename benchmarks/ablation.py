@@ -24,7 +24,6 @@ from typing import Any
 from benchmarks import documents, quality, quality_cells
 from benchmarks.quality_cells import write
 from benchmarks.quality_tables import difference
-from mpq_compiler.pipeline import recipes
 from mpq_compiler.pipeline.recipes import Recipe
 from mpq_compiler.support import terminal
 
@@ -130,7 +129,7 @@ class Row(quality_cells.Cell):
 
     @property
     def used(self) -> Recipe:
-        recipe = recipes.load(self.recipe)
+        recipe = quality_cells.loaded(self.recipe)
         return PARTS[self.recipe][self.part](recipe) if self.part else recipe
 
     @property

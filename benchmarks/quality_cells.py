@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -67,6 +68,10 @@ MINUTES, IMAGES = 4.0, 250
 """Of training in each cell, and to judge it by."""
 
 
+loaded = functools.cache(recipes.load)
+"""The recipe of a name, read once: keys of cells, which are asked for often, follow from it."""
+
+
 class Budget(NamedTuple):
     """What a cell may cost."""
 
@@ -118,7 +123,7 @@ class Cell:
 
     @property
     def used(self) -> recipes.Recipe:
-        return recipes.load(self.recipe)
+        return loaded(self.recipe)
 
     @property
     def mixes(self) -> bool:
