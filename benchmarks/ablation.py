@@ -65,7 +65,6 @@ RATES: dict[str, Change] = {
 PARTS: dict[str, dict[str, Change]] = {
     "default": {
         "training": _without("distill"),
-        "training of weights": _with("distill", latent=0.0),
         "training by images": _with("distill", unroll=0.0),
         "entropy-coded weights": _packed,
         "GPTQ": _with("round-weights", method="nearest", scales=False, paths=False),

@@ -13,6 +13,7 @@ from mpq_compiler.ir import provenance
 from mpq_compiler.ir.blocks import Block
 from mpq_compiler.ir.blocks import blocks as blocks_of
 from mpq_compiler.ir.program import TIME_GROUPS, Program
+from mpq_compiler.ir.stored_tensors import entropy_format
 from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
@@ -46,7 +47,8 @@ class Distill(Pass):
     """Trains what is stored against the float model's outputs, on calls that the float model makes when it samples.
 
     For ``latent`` of the updates that is the weights themselves: float weights behind the quantizer, with
-    straight-through gradients (LSQ, arXiv 1902.08153, for any table of levels). Then the codes are frozen, and scales,
+    straight-through gradients (LSQ, arXiv 1902.08153, for any table of levels); not in a program of entropy-coded
+    weights, whose codes are best where GPTQ put them. Then the codes are frozen, and scales,
     offsets, ranges of activations, biases, norms and embeddings go on: codes that move to the end leave them
     mismatched. Errors count by what they do to images, which is measured for each time: early ones a hundred times as
     much as late ones. With ``unroll`` a last stage learns whole images, through all steps of the sampler. Of each stage
@@ -79,11 +81,7 @@ class Distill(Pass):
     updates: int | None = None
     """Updates of the variables, whatever the minutes."""
     latent: float = 0.7
-    """Share of the updates in which the weights themselves are trained."""
-    trial: float = 0.0
-    """Share of those after which held-out images say whether the others are worth it: unless what is best by then makes
-    them better, the others go to scales. 0: they are all taken. What makes outputs better need not do that to images:
-    errors that training leaves are alike in all steps of an image."""
+    """Share of the updates in which the weights themselves are trained, where none is entropy-coded."""
     unroll: float = 0.0
     """Share of the updates that go to errors of whole images, behind all others, where they are enough for some: the
     steps of the sampler are unrolled (`training.images`), since errors that add up from step to step cost more than
@@ -128,7 +126,6 @@ class Distill(Pass):
         for option in ("minutes", "rate", "relation", "memory"):
             self.require(option, 0)
         self.require("latent", 0, 1)
-        self.require("trial", 0, 1)
         self.require("unroll", 0, 1)
         for option in ("samples", "steps", "epochs"):
             self.require(option, 1)
@@ -143,7 +140,7 @@ class Distill(Pass):
         if not (self.minutes if self.updates is None else self.updates):
             return Demand()
         sizes, bound = asked.sizes, self.memory * GIB
-        variables = sizes.numbers * (by_parts.LATENT if self.latent else by_parts.FROZEN)
+        variables = sizes.numbers * (by_parts.LATENT if self.latent and not asked.coded else by_parts.FROZEN)
         shared = min(variables + objective.VALUES * BATCH * sizes.value_bytes, 2 * bound)
         parted, updates = self._parted(sizes.products, variables), self.updates
         if parted and updates is None and part_updates(sizes.products, self.minutes, BATCH, ROWS) < self.least:
@@ -165,6 +162,8 @@ class Distill(Pass):
         program = program.fork()
         if not (self.minutes if self.updates is None else self.updates):
             return program
+        if self.latent and _coded(program):
+            return replace(self, latent=0.0).run(program, session)
         macs = macs_of(program)
         if self._parted(macs, by_parts.held(program, self.latent > 0)):
             return self._by_parts(program, session)
@@ -186,12 +185,7 @@ class Distill(Pass):
             gains = image_error.gains(program)
             data, held_out = data.weighted(gains), held_out.weighted(gains)
         told = []
-
-        def worth(trained: Program) -> bool:
-            found = judged(trained)
-            return images is None or found is None or found < images
-
-        for title, phase in self._phases(program, session, updates, image_error, worth):
+        for title, phase in self._phases(program, session, updates, image_error):
             trained, outcomes = phase(program, data, held_out)
             found = judged(trained)
             kept = images is None or found is None or found <= images
@@ -201,7 +195,7 @@ class Distill(Pass):
             )
             if kept:
                 program, images = trained, found
-            elif all(outcome.ended is None for outcome in outcomes):
+            else:
                 program.note(f"distill: training {title} made the held-out images worse and was undone")
             _note_ends(program, outcomes)
         program.facts[TRAINING] = told
@@ -260,7 +254,8 @@ class Distill(Pass):
             yield "unroll had no effect: no images are held out (images), or their conditions cannot be made here"
         for option in ("adapters", "blocks"):
             if getattr(self, option) and not self._latent(updates, session, images):
-                yield f"{option} had no effect: no update is of the weights themselves (latent)"
+                why = "entropy-coded weights keep their codes" if _coded(program) else "latent"
+                yield f"{option} had no effect: no update is of the weights themselves ({why})"
         if self.adapters_start != "zero" and not self.adapters:
             yield "adapters_start had no effect: each weight moves by itself (adapters)"
         if self.window and not self.relation:
@@ -302,15 +297,10 @@ class Distill(Pass):
         session: Session,
         updates: int,
         images: TrajectoryError | None,
-        judge: trainer.Judge,
     ) -> Iterator[tuple[str, Phase]]:
-        """The phases of training in order; a phase is kept or undone as a whole, and run before the next is asked for.
-
-        The last phases share the updates that the ``judge`` of images leaves them.
-        """
+        """The phases of training in order; a phase is kept or undone as a whole."""
         assert session.denoiser is not None
         latent = self._latent(updates, session, images)
-        taken = 0
         related = self._related(program, session) if self.relation else None
         term = None if related is None else Term(related.output, self.relation, self.window)
         stage = self._stage(program)
@@ -333,9 +323,7 @@ class Distill(Pass):
 
         def whole(stage: Stage) -> Phase:
             def phase(program: Program, data: Data, held_out: Data) -> tuple[Program, list[Outcome]]:
-                nonlocal taken
-                trained, outcome = trainer.train(program, stage, data, held_out, session, session.seed, judge)
-                taken += outcome.ended or stage.steps
+                trained, outcome = trainer.train(program, stage, data, held_out, session, session.seed)
                 return trained, [outcome]
 
             return phase
@@ -352,11 +340,10 @@ class Distill(Pass):
         if latent and self.blocks:
             yield "blocks", blocks
         elif latent:
-            yield "weights", whole(stage("weights", True, latent, relation=term, trial=round(latent * self.trial)))
-        left = updates - (taken or latent)
-        unrolled = round(left * self.unroll / (self.unroll + (1 - self.unroll) * (1 - self.latent) or 1))
+            yield "weights", whole(stage("weights", True, latent, relation=term))
+        unrolled = round(updates * self.unroll)
         steps, groups = self._by_images(unrolled, session, images)
-        by_calls = left - unrolled if steps else left
+        by_calls = updates - latent - (unrolled if steps else 0)
         if by_calls:
             yield "scales", whole(stage("scales", False, by_calls, relation=term))
         if steps:
@@ -368,15 +355,15 @@ Phase = Callable[[Program, Data, Data], tuple[Program, list[Outcome]]]
 """Trains a program on calls, and judges it by others."""
 
 
+def _coded(program: Program) -> bool:
+    """Whether weights are entropy-coded."""
+    return any(entropy_format(program, path) for path in program.weights)
+
+
 def _note_ends(program: Program, outcomes: Iterable[Outcome]) -> None:
     for outcome in outcomes:
         if outcome.diverged is not None:
             program.note(
                 f"distill: training {outcome.stage} diverged in step {outcome.diverged} of {outcome.steps}; the "
                 f"best state until then, that of step {outcome.best_step}, is kept"
-            )
-        if outcome.ended is not None:
-            program.note(
-                f"distill: training {outcome.stage} had made no held-out images better by step {outcome.ended} of "
-                f"{outcome.steps}: the others went to scales"
             )

@@ -128,8 +128,8 @@ def add_lowering(parser: argparse.ArgumentParser, table: bool = True) -> None:
         how.add_argument(
             "--effort",
             choices=("none", "fast", "balanced", "best"),
-            help="training against the float model: fast tunes scales at frozen codes (half a minute), balanced trains "
-            "weights first (8 minutes), best goes on for 30 (default: the recipe's)",
+            help="training against the float model: fast tunes scales (half a minute), balanced trains by images, "
+            "and packed weights (8 minutes), best goes on for 30 (default: the recipe's)",
         )
         how.add_argument("--minutes", type=float, metavar="N", help="of training, in place of the effort's")
     how.add_argument(

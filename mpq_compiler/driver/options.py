@@ -75,7 +75,7 @@ class Options:
     it stands.
     """
     effort: str | None = None
-    """The effort of training: "none", "fast" (frozen codes), "balanced" (weights first, some 8 minutes), "best" (30).
+    """The effort of training: "none", "fast" (scales), "balanced" (packed weights first, some 8 minutes), "best" (30).
 
     None takes the recipe's.
     """

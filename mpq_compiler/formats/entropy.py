@@ -39,8 +39,6 @@ TOGETHER = 1 << 24
 """The most numbers whose codes are chosen in one walk, over all fits of the same rows."""
 TRIES = 6
 """How often codes are chosen for a whole weight, until they fit; mostly they do the first time."""
-INSIDE = 0.02
-"""How far inside its cell a number is put that is moved there, in steps."""
 BINS = 1 << 11
 """Bins on each side of zero by which the bytes of a weight's nearest codes are foreseen at any step."""
 
@@ -130,24 +128,6 @@ class EntropyFormat(Format):
             scale = torch.nextafter(scale, torch.tensor(torch.inf, dtype=torch.float16))
         column = scale.expand(len(rows), 1).contiguous()
         return QuantizedWeight(contract.nearest_codes(rows, column, None, self.table, None), column, None, self.table)
-
-    def squeezed(self, rows: Tensor, step: float) -> Tensor:
-        """Rows [O, K] whose nearest codes at a step fit: as many as it takes go into the next cell towards zero.
-
-        Those go first that save the most bits for the way. Rows that fit are returned themselves.
-        """
-        while (excess := 8 * (self.bytes_of(codes := self.at(rows, step).codes) - self.coded_bytes(rows.numel()))) > 0:
-            coded = integers(codes)
-            nearest, saved = torch.from_numpy(coded).long(), _saved_bits(coded)
-            inner = nearest.abs() - 0.5 - INSIDE
-            way = (rows.abs() / step - inner).clamp_min(INSIDE)
-            worth, order = (saved / way).flatten().sort(descending=True, stable=True)
-            some = order[worth > 0]
-            if not len(some):  # the next cells are as rare: the outermost go
-                some = (nearest.abs() == nearest.abs().amax()).flatten().nonzero()[:, 0]
-            some = some[: int(torch.searchsorted(saved.flatten()[some].cumsum(0), excess)) + 1]
-            rows = rows.flatten().index_copy(0, some, (nearest.sign() * inner * step).flatten()[some]).view_as(rows)
-        return rows
 
     def _place(self, spread: _Spread, most: float, more: _More | None = None) -> float:
         """The logarithm of the least step at which codes take so many bytes, where they take ``more`` than the nearest.
@@ -252,16 +232,6 @@ def rounded_together(
                 found[number] = formats[number].fit(rows) if end.value is None else end.value
         asked = following
     return [found[number] for number in range(len(formats))]
-
-
-def _saved_bits(coded: np.ndarray) -> Tensor:
-    """The bits that each integer, int8, saves by going a step towards zero, f64; 0 where the next never occurs."""
-    made = rans.histogram(rans.counts(coded), -contract.LUT_MAX)
-    bits = np.full(2 * contract.LUT_MAX + 1, np.inf)
-    bits[made.low + contract.LUT_MAX :][: len(made.bits)] = made.bits
-    place = coded.astype(np.int64) + contract.LUT_MAX
-    at, nearer = (torch.from_numpy(bits[p]) for p in (place, place - np.sign(coded)))
-    return torch.where(nearer.isfinite(), at - nearer, 0).clamp_min(0)
 
 
 def integers(codes: Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mpq_compiler import formats
 from mpq_compiler.formats.activation import SHRINK
 from mpq_compiler.formats.base import Format
 from mpq_compiler.ir.sizes import LayerSize, Sizes
@@ -187,6 +188,13 @@ class Asked:
     """Whether the allocation rounds the whole plan to measure it, and leaves its fits to those who round."""
     earlier: Sequence[object] = ()
     """The passes before this one."""
+
+    @property
+    def coded(self) -> bool:
+        """Whether weights may be entropy-coded."""
+        measured = [name for step in self.earlier for name in getattr(step, "formats", ())]
+        named = measured if self.uniform is None else [self.uniform]
+        return any(isinstance(formats.get(name), formats.EntropyFormat) for name in named)
 
     def running(self, inputs: int, together: int) -> Demand:
         """Running the program on inputs, so many at a time on each job."""

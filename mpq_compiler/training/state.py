@@ -59,8 +59,6 @@ class Stage:
     all themselves."""
     checks: int = CHECKS
     """How often the held-out error is measured and the state saved."""
-    trial: int = 0
-    """The step after which a judge says whether the others are worth it (`trainer.train`); 0 asks none."""
 
 
 @dataclass

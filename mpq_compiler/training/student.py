@@ -32,7 +32,6 @@ from mpq_compiler.training.variables import (
     EDGE,
     WIDTHS,
     Adapted,
-    Coded,
     Kind,
     Settled,
     Timed,
@@ -279,8 +278,6 @@ def variables(
     """
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Variable] = {}
-    held: set[str] = set()
-    """The scales that stay."""
     tensors, originals = program.tensors, program.facts[LATENTS]
     for weight in settled(program):
         if own is not None and weight.codes not in own:
@@ -290,19 +287,13 @@ def variables(
         found[scale] = replace(_scale(Kind.SCALE, tensors[scale]), together=coded is not None)
         if offset is not None:
             found[offset] = _float(Kind.OFFSET, tensors[offset])
-        if latent:
+        if latent and coded is None:  # other codes would take other bytes
             rows = tensors.read(originals[weight.node.name]).flatten(1)
             table = weight.table(program)
             step = 1.0 if table is None else float(_mean_step(table))
             unit = contract.column_scale(tensors.read(scale), weight.tables.segments, rows.shape[1]) * step
             rank = adapters or (RANK if widest is not None and rows.numel() > widest else 0)
-            if coded is not None and rank:
-                continue  # what adapters move together cannot be kept to its bytes one by one
-            if coded is not None:  # codes would take other bytes by another step
-                held.add(scale)
-                start = _within(program, weight, rows)
-                found[weight.codes] = Coded(Kind.LATENT, start, unit[:1, :1], torch.float32, format=coded)
-            elif rank:
+            if rank:
                 start = _dequantized(program, weight)
                 error = rows - start if svd else None
                 found[weight.codes] = _adapted(start, unit, rank, generator, error)
@@ -316,7 +307,7 @@ def variables(
             found[scale] = _scale(Kind.RANGE, tensors[scale])
             start = tensors.read(zero).to(torch.float32)
             found[zero] = Variable(Kind.ZERO, start, torch.ones(()), tensors[zero].dtype, 2**bits - 1)
-    found = {name: v for name, v in found.items() if name not in held and (own is None or name in own)}
+    found = {name: v for name, v in found.items() if own is None or name in own}
     if times is not None:
         embedding = _embedding(times)
         for name, variable in found.items():
@@ -324,7 +315,7 @@ def variables(
                 found[name] = _timed(variable, embedding, generator)
     for node in program.graph.nodes:
         name = str(node.target)
-        wanted = node.op == "get_attr" and name not in {*found, *held} and (own is None or name in own)
+        wanted = node.op == "get_attr" and name not in found and (own is None or name in own)
         if wanted and _is_parameter(tensors[name], name):
             found[name] = _float(Kind.FLOAT, tensors[name])
     return found

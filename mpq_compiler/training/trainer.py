@@ -9,7 +9,7 @@ saved in the cache as training proceeds, so that a killed run resumes where it w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from mpq_compiler.training.images import Images, digest
 from mpq_compiler.training.objective import Objective
 from mpq_compiler.training.outputs import Outputs
 from mpq_compiler.training.state import Kept, Stage, State, key
-from mpq_compiler.training.student import applied, tried, values, variables
+from mpq_compiler.training.student import applied, values, variables
 from mpq_compiler.training.variables import Variable
 
 BETAS, EPSILON = (0.9, 0.99), 1e-12
@@ -48,17 +48,11 @@ class Outcome:
     best_step: int
     diverged: int | None
     """The step at which training gave up; None where it did not."""
-    ended: int | None = None
-    """The step after which the stage was not worth the others; None where it was."""
 
 
 TRAINING = Fact[list[dict[str, Any]]]("training")
 """What each phase of training gave: ``phase``, the outcomes of its ``stages``, ``images_before`` and ``images_after``,
 and whether it was ``kept``."""
-
-
-Judge = Callable[[Program], bool]
-"""Says of a program that a stage has begun to train whether the stage is worth going on with."""
 
 
 def train(
@@ -68,7 +62,6 @@ def train(
     held_out: Data,
     session: Session,
     seed: int,
-    judge: Judge | None = None,
 ) -> tuple[Program, Outcome]:
     """Trains one stage on single calls; the result has the values of least held-out error, the initial ones among them.
 
@@ -79,13 +72,12 @@ def train(
         held_out: the calls to judge by.
         session: runs the parts of a step, shows progress, and has the cache.
         seed: decides the order of the calls, and all that is drawn.
-        judge: of what is best after the stage's ``trial`` steps; None goes on whatever that is.
 
     Returns:
         The trained program, and the outcome.
     """
     objective = Outputs(program, stage, data, held_out, session, seed)
-    return _best(program, stage, objective, (data, held_out), data.inputs["timestep"], session, seed, judge)
+    return _best(program, stage, objective, (data, held_out), data.inputs["timestep"], session, seed)
 
 
 def train_images(
@@ -116,21 +108,18 @@ def _best(
     timesteps: Tensor,
     session: Session,
     seed: int,
-    judge: Judge | None = None,
 ) -> tuple[Program, Outcome]:
     """Trains one stage by an objective, whose ``calls`` enter the key of the kept state (`state.key`)."""
     times = group_times(program, timesteps) if stage.range_network else None
     trained = variables(program, stage.latent, stage.adapters, times, seed, stage.widest, svd=stage.svd)
     kept = Kept(key(program, trained, stage, seed, *calls), session)
-    worth = None if judge is None else lambda best: judge(tried(program, trained, best))
-    state = descend(program, trained, stage, objective, kept, session, worth)
+    state = descend(program, trained, stage, objective, kept, session)
     return applied(program, trained, state.best), outcome_of(stage, state)
 
 
 def outcome_of(stage: Stage, state: State) -> Outcome:
     """The outcome of a stage that has ended in a state."""
-    ended = state.step if state.diverged is None and state.step < stage.steps else None
-    return Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged, ended)
+    return Outcome(stage.name, stage.steps, state.before, state.least, state.best_step, state.diverged)
 
 
 def descend(
@@ -140,7 +129,6 @@ def descend(
     objective: Objective,
     kept: Kept,
     session: Session,
-    worth: Callable[[Mapping[str, Tensor]], bool] | None = None,
 ) -> State:
     """Takes the steps of a stage, on from the state that is kept, and returns the last state.
 
@@ -151,18 +139,15 @@ def descend(
         objective: what the steps minimize.
         kept: the saved state.
         session: shows progress.
-        worth: says of the best thetas after the stage's ``trial`` steps whether to go on; None goes on.
     """
     state = kept.load() or State.start(trained)
-    checks = {stage.trial} | {round(stage.steps * (i + 1) / stage.checks) for i in range(stage.checks)}
+    checks = {round(stage.steps * (i + 1) / stage.checks) for i in range(stage.checks)}
     if not state.step:
         state.before = state.least = objective.error(trained, state.thetas)
     objective.go_on(state)
     with session.track(f"training {stage.name}", stage.steps) as advance:
         advance(state.step)
         while state.step < stage.steps and state.diverged is None:
-            if worth is not None and state.step and state.step == stage.trial and not worth(state.best):
-                break
             state.step += 1
             loss, gradients = _gradients(program, trained, state.thetas, objective, state.step)
             norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
@@ -174,7 +159,6 @@ def descend(
             decay = 0.5 * (1 + math.cos(math.pi * (state.step - 1) / stage.steps))
             rates = {name: stage.rates[variable.kind] * decay for name, variable in trained.items()}
             _adam(state, {name: g * shrink for name, g in gradients.items()}, rates)
-            state.thetas = {name: trained[name].projected(theta) for name, theta in state.thetas.items()}
             if state.step in checks:
                 error = objective.error(trained, state.thetas)
                 if error < state.least:

@@ -16,7 +16,6 @@ from torch import Tensor, fx
 from mpq_compiler.formats import contract
 from mpq_compiler.formats.base import F16_MAX, F16_TINY
 from mpq_compiler.formats.contract import WeightTables, rising
-from mpq_compiler.formats.entropy import EntropyFormat
 from mpq_compiler.ir import ops
 from mpq_compiler.ir.aten import aten
 from mpq_compiler.ir.graph import CONTRACTIONS, arguments, operand
@@ -85,31 +84,11 @@ class Variable:
             return value + (value.round() - value).detach()
         return value + (value.to(self.dtype).to(torch.float32) - value).detach()
 
-    def projected(self, theta: Tensor) -> Tensor:
-        """The theta nearest to one, about, whose value can be stored."""
-        return theta
-
     @torch.no_grad()
     def stored(self, theta: Tensor) -> Tensor:
         """The value at theta in the stored type; a latent weight in f32."""
         value = self(theta)
         return value.round().to(self.dtype) if self.kind == Kind.ZERO else value.to(self.dtype)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coded(Variable):
-    """A latent weight [O, K] on an open grid, whose codes take no more bytes than a format allows (`formats.entropy`).
-
-    The step, which is the unit, stays.
-    """
-
-    format: EntropyFormat
-
-    @torch.no_grad()
-    def projected(self, theta: Tensor) -> Tensor:
-        rows = self.moved(theta)
-        fitting = self.format.squeezed(rows, float(self.unit[0, 0]))
-        return theta if fitting is rows else torch.where(fitting == rows, theta, (fitting - self.start) / self.unit)
 
 
 @dataclass(frozen=True, kw_only=True)

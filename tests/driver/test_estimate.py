@@ -19,6 +19,7 @@ from mpq_compiler.driver import estimate
 from mpq_compiler.driver.compile import compile_denoiser
 from mpq_compiler.driver.estimate import Workload, fit_jobs
 from mpq_compiler.ir.sizes import HUGE, LARGE, Sizes
+from mpq_compiler.passes.distill import Distill
 from mpq_compiler.passes.sensitivity import Sensitivity
 from mpq_compiler.pipeline.demand import SLOWER, Asked, Demand, Speed
 from mpq_compiler.pipeline.passes import Pass
@@ -134,6 +135,17 @@ def test_training_is_estimated_by_its_minutes(tmp_path):
     steps = {step.name: step for step in mpq_compiler.estimate(model, minutes=3, **options).steps}
     assert steps["distill"].cpu_seconds == pytest.approx(360)
     assert steps["distill"].peak_bytes > steps["numerics"].peak_bytes
+
+
+def test_training_holds_less_of_weights_that_keep_their_codes():
+    asked = Asked(Sizes.of(programs.after("unet2d", "layout")), 64, NONE)
+
+    def held(**more: object) -> float:
+        return Distill().demand(dataclasses.replace(asked, **more)).shared
+
+    trained = held(earlier=[Sensitivity(formats=("int2", "int4"))])
+    assert held() == held(uniform="int4") == trained
+    assert held(earlier=[Sensitivity(formats=("ec2", "int8"))]) == held(uniform="ec2") < trained
 
 
 def test_passes_run_in_the_jobs_that_fit(tmp_path, monkeypatch):

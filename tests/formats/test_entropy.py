@@ -81,32 +81,6 @@ def test_weights_that_are_little_to_code(weight):
         assert torch.isfinite(fit.dequantize()).all()
 
 
-@pytest.mark.parametrize("name", ["ec1.25", "ec2", "ec3"])
-def test_what_is_squeezed_keeps_to_its_bytes_and_most_stays(layer, name):
-    weight, chosen = layer[0], formats.get(name)
-    step = float(chosen.fit(weight).scale[0, 0])
-    assert chosen.squeezed(weight, step) is weight
-    louder = weight * 1.05
-    found = chosen.squeezed(louder, step)
-    codes, before = (chosen.at(rows, step).codes for rows in (found, louder))
-    assert chosen.bytes_of(before) > chosen.coded_bytes(weight.numel()) >= chosen.bytes_of(codes)
-    changed = found != louder
-    assert 0 < changed.double().mean() < 0.1
-    assert torch.equal((before != codes), changed)
-    signed = torch.from_numpy(integers(before)).float(), torch.from_numpy(integers(codes)).float()
-    assert bool((signed[1].abs() == signed[0].abs() - changed.float()).all())
-    nearest = louder.abs() / step - signed[0].abs() + 0.5  # from the inner ends of their cells
-    assert nearest[changed].mean() < 0.3 * nearest[~changed & (signed[0] != 0)].mean()
-
-
-def test_squeezing_ends_where_no_code_is_worth_moving():
-    chosen = formats.get("ec1")
-    spread = torch.rand(32, 128, generator=torch.Generator().manual_seed(0))
-    rows = torch.tensor([-5.0, 5.0]).repeat(32, 64) + 2 * spread
-    found = chosen.squeezed(rows, 1.0)
-    assert chosen.bytes_of(chosen.at(found, 1.0).codes) <= chosen.coded_bytes(rows.numel())
-
-
 @pytest.mark.parametrize("name", ["ec0.5", "ec8", "ec2.125", "ec0", "ec"])
 def test_rates_that_there_are_not(name):
     if name == "ec0.5":

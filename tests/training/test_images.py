@@ -133,21 +133,10 @@ def test_the_pass_goes_on_from_weights_and_scales_to_images(tmp_path):
     phases = program.facts[DECISIONS][""]["distill"]["phases"]
     assert [phase["phase"] for phase in phases] == ["weights", "scales", "images"]
     taken = [phase["stages"][0]["steps"] for phase in phases]
-    assert taken[:2] == [2, 2] and taken[2] == images.affordable(20, 4, (IMAGE_CHECKS + 1) * 4)[0]
+    assert taken[:2] == [2, 3] and taken[2] == images.affordable(19, 4, (IMAGE_CHECKS + 1) * 4)[0]
     assert phases[-1]["kept"] and phases[-1]["images_after"] < phases[-1]["images_before"]
     assert phases[-1]["stages"][0]["after"] == phases[-1]["images_after"]
     assert not [note for note in program.facts.get(NOTES, []) if "unroll" in note]
-
-
-def test_what_a_trial_leaves_is_shared(tmp_path, monkeypatch):
-    """Weights that end after the trial leave their updates to scales and images, as the plan shares out the others."""
-    monkeypatch.setattr(TrajectoryError, "typical_noise", lambda self, program: 0.1)
-    program = make_pass("distill", {**OPTIONS, "trial": 0.5}).run(start(), session(tmp_path))
-    first, *others = program.facts[DECISIONS][""]["distill"]["phases"]
-    assert first["stages"][0]["ended"] == 1
-    assert [phase["phase"] for phase in others] == ["scales", "images"]
-    left, share = 23, 0.8 / (0.8 + 0.2 * 0.5)
-    assert others[0]["stages"][0]["steps"] == left - round(left * share)
 
 
 @pytest.mark.parametrize(
