@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from mpq_compiler.analysis import trajectory_error
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
@@ -40,6 +40,19 @@ LEAST = 16
 FASTER = 3.0
 """The factor of learning rates of frozen codes where updates are few, in parts and by images: the bundled UNet gains
 twice as much by it in 16 updates of its parts, and at W4A4 1.3 dB rather than 0.6 in 60 by its images."""
+
+
+class Shares(NamedTuple):
+    """The updates of each phase."""
+
+    weights: int
+    """Of the weights themselves."""
+    scales: int
+    """Of frozen codes, by single calls."""
+    images: int
+    """Steps by whole images, which take as long as their share of the updates."""
+    groups: int
+    """Of images that are drawn for these."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +185,8 @@ class Distill(Pass):
             program.note(f"distill: {self.minutes:g} minutes are not enough for one update of a model of this size")
             return program
         image_error = TrajectoryError.drawn(session, self.images)
-        for note in self._without_effect(program, session, updates, image_error):
+        shares = self._shares(updates, session, image_error)
+        for note in self._without_effect(program, session, shares, image_error):
             program.note(f"distill: {note}")
         samples = max(self.samples, trajectories(updates, self.epochs, self.steps))
         data, held_out = calls(session, samples, self.steps)
@@ -185,7 +199,7 @@ class Distill(Pass):
             gains = image_error.gains(program)
             data, held_out = data.weighted(gains), held_out.weighted(gains)
         told = []
-        for title, phase in self._phases(program, session, updates, image_error):
+        for title, phase in self._phases(program, session, shares, image_error):
             trained, outcomes = phase(program, data, held_out)
             found = judged(trained)
             kept = images is None or found is None or found <= images
@@ -245,7 +259,7 @@ class Distill(Pass):
         return found[-1] if found else None
 
     def _without_effect(
-        self, program: Program, session: Session, updates: int, images: TrajectoryError | None
+        self, program: Program, session: Session, shares: Shares, images: TrajectoryError | None
     ) -> Iterator[str]:
         """Sentences on options that have no effect."""
         if self.unroll and session.calibration is not None:
@@ -253,7 +267,7 @@ class Distill(Pass):
         elif self.unroll and images is None:
             yield "unroll had no effect: no images are held out (images), or their conditions cannot be made here"
         for option in ("adapters", "blocks"):
-            if getattr(self, option) and not self._latent(updates, session, images):
+            if getattr(self, option) and not shares.weights:
                 why = "entropy-coded weights keep their codes" if _coded(program) else "latent"
                 yield f"{option} had no effect: no update is of the weights themselves ({why})"
         if self.adapters_start != "zero" and not self.adapters:
@@ -262,7 +276,7 @@ class Distill(Pass):
             yield "window had no effect: no relation is learned, of whose features it is the mean (relation)"
         if self.relation and self._related(program, session) is None:
             yield "relation had no effect: no block is one of several of a kind, whose last one's features it compares"
-        elif self.relation and self.blocks and updates == self._latent(updates, session, images):
+        elif self.relation and self.blocks and not (shares.scales or shares.images):
             yield "relation had no effect: blocks learn their own outputs, and nothing is trained after them (latent)"
         if self.range_network and all(plan.scale is None for plan in program.activations.values()):
             yield "range_network had no effect: no activation has a stored scale"
@@ -278,29 +292,25 @@ class Distill(Pass):
         svd = self.adapters_start == "svd"
         return partial(Stage, rates=self._rates(), adapters=self.adapters, svd=svd, range_network=network)
 
-    def _by_images(self, updates: int, session: Session, images: TrajectoryError | None) -> tuple[int, int]:
-        """The steps by images that take as long as so many updates, and the groups of images; 0 if there are none."""
-        if images is None or session.calibration is not None:
-            return 0, 0
-        assert session.denoiser is not None
-        calls = images.steps * session.denoiser.calls_per_step
-        return whole_images.affordable(updates, calls, (IMAGE_CHECKS + 1) * images.count)
-
-    def _latent(self, updates: int, session: Session, images: TrajectoryError | None) -> int:
-        """The updates of the weights themselves."""
-        unrolled = round(updates * self.unroll)
-        return round((updates - (unrolled if self._by_images(unrolled, session, images)[0] else 0)) * self.latent)
+    def _shares(self, updates: int, session: Session, images: TrajectoryError | None) -> Shares:
+        """Shares out the updates."""
+        unrolled, steps, groups = round(updates * self.unroll), 0, 0
+        if images is not None and session.calibration is None:
+            assert session.denoiser is not None
+            calls = images.steps * session.denoiser.calls_per_step
+            steps, groups = whole_images.affordable(unrolled, calls, (IMAGE_CHECKS + 1) * images.count)
+        left = updates - (unrolled if steps else 0)
+        weights = round(left * self.latent)
+        return Shares(weights, left - weights, steps, groups)
 
     def _phases(
         self,
         program: Program,
         session: Session,
-        updates: int,
+        shares: Shares,
         images: TrajectoryError | None,
     ) -> Iterator[tuple[str, Phase]]:
         """The phases of training in order; a phase is kept or undone as a whole."""
-        assert session.denoiser is not None
-        latent = self._latent(updates, session, images)
         related = self._related(program, session) if self.relation else None
         term = None if related is None else Term(related.output, self.relation, self.window)
         stage = self._stage(program)
@@ -313,7 +323,7 @@ class Distill(Pass):
                 rows = len(data) + len(held_out)
                 share, more = part_updates(macs_of(program), minutes, training_data.BATCH, rows), 0
             else:
-                share, more = divmod(latent, len(found))
+                share, more = divmod(shares.weights, len(found))
 
             def stages(number: int, part: Program) -> list[Stage]:
                 return [stage(found[number].name, True, max(1, share + (number < more)))]
@@ -328,27 +338,21 @@ class Distill(Pass):
 
             return phase
 
-        def by_images(stage: Stage, groups: int) -> Phase:
-            def phase(program: Program, data: Data, held_out: Data) -> tuple[Program, list[Outcome]]:
-                assert images is not None
-                drawn = whole_images.drawn(session, groups)
-                trained, outcome = trainer.train_images(program, stage, drawn, images, session)
-                return trained, [outcome]
+        def by_images(program: Program, data: Data, held_out: Data) -> tuple[Program, list[Outcome]]:
+            assert images is not None
+            drawn = whole_images.drawn(session, shares.groups)
+            taught = stage("images", False, shares.images, rates=self._rates(FASTER), checks=IMAGE_CHECKS)
+            trained, outcome = trainer.train_images(program, taught, drawn, images, session)
+            return trained, [outcome]
 
-            return phase
-
-        if latent and self.blocks:
+        if shares.weights and self.blocks:
             yield "blocks", blocks
-        elif latent:
-            yield "weights", whole(stage("weights", True, latent, relation=term))
-        unrolled = round(updates * self.unroll)
-        steps, groups = self._by_images(unrolled, session, images)
-        by_calls = updates - latent - (unrolled if steps else 0)
-        if by_calls:
-            yield "scales", whole(stage("scales", False, by_calls, relation=term))
-        if steps:
-            faster = self._rates(FASTER)
-            yield "images", by_images(stage("images", False, steps, rates=faster, checks=IMAGE_CHECKS), groups)
+        elif shares.weights:
+            yield "weights", whole(stage("weights", True, shares.weights, relation=term))
+        if shares.scales:
+            yield "scales", whole(stage("scales", False, shares.scales, relation=term))
+        if shares.images:
+            yield "images", by_images
 
 
 Phase = Callable[[Program, Data, Data], tuple[Program, list[Outcome]]]

@@ -254,9 +254,9 @@ def test_options_without_an_effect_are_said(tmp_path):
     dynamic = start().fork()
     for edge, plan in dynamic.activations.items():
         dynamic.activations[edge] = replace(plan, dynamic=True, scale=None, zero_point=None)
-    (note,) = network._without_effect(dynamic, session(tmp_path), 1, None)
+    (note,) = network._without_effect(dynamic, session(tmp_path), network._shares(1, session(tmp_path), None), None)
     assert "no activation has a stored scale" in note
-    assert not [*network._without_effect(start(), session(tmp_path), 1, None)]
+    assert not [*network._without_effect(start(), session(tmp_path), network._shares(1, session(tmp_path), None), None)]
     with pytest.raises(UserError, match="adapters"):
         make_pass("distill", {"adapters": -1})
 
