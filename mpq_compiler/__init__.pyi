@@ -169,7 +169,7 @@ def compile(
         numerics: The numerics mode: "portable" has equal bits on every CPU target, "fast" adds bfloat16 and 8-bit
             attentions, and on GPUs values between kernels in half precision. None takes the recipe's or, where it
             states none, portable on CPUs and fast on GPUs. A pipeline by hand is taken as it stands. Default: None.
-        effort: The effort of training: "none", "fast" (frozen codes), "balanced" (weights first, some 8 minutes),
+        effort: The effort of training: "none", "fast" (scales), "balanced" (packed weights first, some 8 minutes),
             "best" (30). None takes the recipe's. Default: None.
         minutes: The minutes of training, in place of the effort's. Default: None.
         lora_rank: The rank of the branches that layers keep for a LoRA, which `CompiledDenoiser.load_lora` sets;
