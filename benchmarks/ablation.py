@@ -5,9 +5,10 @@
     python -m benchmarks.ablation --all --setting W4A4 --part GPTQ training --docs docs/recipes/default.md
     python -m benchmarks.ablation --all --recipe mpq-dmv2 --part relation --seeds 3
 
-Every row is the recipe with one part taken away or, behind a plus, with one that it leaves out. Its image SQNR less
-that of the whole recipe, which is the cell of `benchmarks.quality`, has a paired bootstrap interval over the images,
-and over the seeds where several are there. Results lie in benchmarks/results/ablation/.
+Every row is the recipe with one part taken away or, behind a plus, with one that it leaves out. Its image SQNR and PSNR
+less those of the whole recipe, which is the cell of `benchmarks.quality`, have paired bootstrap intervals over the
+images, and over the seeds where several are there. With --minutes 0 nothing is trained. Results lie in
+benchmarks/results/ablation/.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 from benchmarks import documents, quality, quality_cells
 from benchmarks.quality_cells import write
-from benchmarks.quality_tables import difference
+from benchmarks.quality_tables import paired, paired_psnr, shown
 from mpq_compiler.pipeline.recipes import Recipe
 from mpq_compiler.support import terminal
 
@@ -158,13 +159,17 @@ def compared(rows: list[Row]) -> list[list[str]]:
         if not pairs or replace(part, part="") not in known:
             continue
         found, wholes = zip(*pairs, strict=True)
-        means = [f"{statistics.mean(row[name] for row in found):.1f}" for name in ("sqnr_db", "image_sqnr_db")]
-        worth = difference(found, wholes) if part.part else ""
-        lines.append([part.model, part.setting, part.title, str(len(found)), *means, worth])
+        sqnr, images, psnr = (f"{statistics.mean(row[name] for row in found):.1f}" for name in MEASURED)
+        worth = [shown(by(found, wholes)) if part.part else "" for by in (paired, paired_psnr)]
+        lines.append([part.model, part.setting, part.title, str(len(found)), sqnr, images, worth[0], psnr, worth[1]])
     return lines
 
 
-HEADERS = ("model", "setting", "recipe", "seeds", "SQNR, dB", "images: SQNR, dB", "to the whole recipe, dB")
+MEASURED = ("sqnr_db", "image_sqnr_db", "psnr_db")
+HEADERS = (
+    "model", "setting", "recipe", "seeds", "SQNR, dB", "images: SQNR, dB", "to the whole recipe, dB", "PSNR, dB",
+    "to the whole recipe, dB",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -199,9 +204,10 @@ def main() -> None:
         write(row.file, found)
         print(f"{row.name}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
     lines = compared(rows)
-    terminal.table(f"parts of {options.recipe}", HEADERS, lines, numeric=(3, 4, 5))
+    terminal.table(f"parts of {options.recipe}", HEADERS, lines, numeric=(3, 4, 5, 7))
     if options.docs:
-        documents.insert(options.docs, "ablation", documents.table(HEADERS, lines))
+        mark = "ablation" if options.minutes else "ablation untrained"
+        documents.insert(options.docs, mark, documents.table(HEADERS, lines))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,12 @@ def test_a_part_is_compared_by_the_seeds_that_the_whole_recipe_has_too(tmp_path,
     monkeypatch.setattr(quality_cells, "RESULTS", tmp_path)
     known = {"": (10.0, 40.0), "GPTQ": (20.0, 80.0, 1.0), "training": (10.0,)}
     for part, seed, error in ((part, *each) for part, errors in known.items() for each in enumerate(errors)):
-        row = {"sqnr_db": 30.0 - error, "image_sqnr_db": 20.0 + seed, "errors": [error] * 50}
+        row = {"sqnr_db": 30.0 - error, "image_sqnr_db": 20.0 + seed, "psnr_db": 25.0 + seed, "errors": [error] * 50}
         quality_cells.write(Row("fashion-unet", "W4A4", "default", seed=seed, part=part).file, row)
     parts = ("", "GPTQ", "training", "rotation")
     rows = [Row("fashion-unet", "W4A4", "default", seed=seed, part=part) for part in parts for seed in range(3)]
     whole, gptq, training = ablation.compared(rows)
-    assert whole[2:] == ["the whole recipe", "2", "5.0", "20.5", ""]
-    assert gptq[2:] == ["without GPTQ", "2", "-20.0", "20.5", "-3.01 (-3.01 .. -3.01)"]
-    assert training[2:] == ["without training", "1", "20.0", "20.0", "+0.00 (+0.00 .. +0.00)"]
+    assert whole[2:] == ["the whole recipe", "2", "5.0", "20.5", "", "25.5", ""]
+    half, none = "-3.01 (-3.01 .. -3.01)", "+0.00 (+0.00 .. +0.00)"
+    assert gptq[2:] == ["without GPTQ", "2", "-20.0", "20.5", half, "25.5", half]
+    assert training[2:] == ["without training", "1", "20.0", "20.0", none, "25.0", none]

@@ -28,9 +28,21 @@ def test_intervals_are_over_images_and_seeds():
     (_, *narrow), (_, *wide) = (quality_tables.paired(rows, other) for rows in (alike, apart))
     assert wide[1] - wide[0] > 3 * (narrow[1] - narrow[0])
     assert wide[0] < 10 * np.log10(2 / 1.4) + 0.3 and wide[1] > 10 * np.log10(2 / 0.7) - 0.3
-    assert quality_tables.paired(other, other) == (0, 0, 0)
+    assert quality_tables.paired(other, other) == quality_tables.paired_psnr(other, other) == (0, 0, 0)
     one = quality_tables.paired(alike[:1], other[:1])
     assert one[1] < one[0] == pytest.approx(10 * np.log10(2), abs=0.2) and one[0] < one[2]
+
+
+def test_in_the_mean_of_psnr_all_images_count_alike():
+    """One image that goes another way changes the sum of errors by far, and the mean of dB by its share."""
+    usual = [row(1.0, 0)]
+    lost = [{"errors": [1000.0, *usual[0]["errors"][1:]]}]
+    ratio = 1000 / usual[0]["errors"][0]
+    assert quality_tables.paired(usual, lost)[0] > 6
+    found, low, high = quality_tables.paired_psnr(usual, lost)
+    assert low <= found < high < 1 and found == pytest.approx(10 * np.log10(ratio) / 200)
+    gained = [{"errors": [error / 2 for error in usual[0]["errors"]]}]
+    assert quality_tables.paired_psnr(gained, usual) == pytest.approx([10 * np.log10(2)] * 3)
 
 
 @pytest.fixture
