@@ -70,7 +70,6 @@ PARTS: dict[str, dict[str, Change]] = {
         "entropy-coded weights": _packed,
         "GPTQ": _with("round-weights", method="nearest", scales=False, paths=False),
         "several paths": _with("round-weights", paths=False),
-        "a second plan": _with("bit-allocation", rounds=0),
         "equalization": _without("equalize"),
         "rotation": _without("rotate"),
         "time groups": _with("time-groups", groups=1),
