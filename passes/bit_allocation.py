@@ -19,7 +19,6 @@ from mpq_compiler.allocation.rerank import Reranker, Solved
 from mpq_compiler.allocation.reuse_choice import Candidate, candidates
 from mpq_compiler.allocation.sensitivity_table import CONTENT, QUALITY
 from mpq_compiler.allocation.solver import TIME_LIMIT, solve
-from mpq_compiler.analysis.estimated_losses import ESTIMATOR, LossEstimator
 from mpq_compiler.analysis.noise_power import PIECE, noise_of_program, usual_inputs
 from mpq_compiler.analysis.reuse_losses import REUSE_LOSSES
 from mpq_compiler.formats.activation import LEAST_FLOAT_BITS
@@ -30,7 +29,6 @@ from mpq_compiler.ir.findings import ALLOCATION, LATENCY, SENSITIVITY, Losses, L
 from mpq_compiler.ir.graph import CONTRACTIONS, softmax, weight_of
 from mpq_compiler.ir.program import PARAMETERS, ActivationPlan, Program, Stage, TensorStore, WeightPlan
 from mpq_compiler.ir.reuse import REUSE
-from mpq_compiler.ir.sizes import HUGE
 from mpq_compiler.pipeline.demand import TRIAL, USUAL, Asked, Demand, fitting, searching
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.realize import realize
@@ -57,17 +55,6 @@ ADDITIVE_DB = 3.0
 
 Destroyed networks are off by as much.
 """
-AGAIN_DB = 1.0
-"""The difference in dB from which on losses are measured again, around the plan."""
-AGAIN_EXPECTED = 0.5
-"""How often losses are measured again, by what a compilation is expected to take: one of six large models needs it."""
-ROUNDS_HUGE = 1
-"""How often at most losses are measured again of models with more than `HUGE` parameters.
-
-Once takes as long as all of `sensitivity`: of SDXL, which needs it, 20 minutes of CPU time.
-"""
-AROUND = LossEstimator((), (8,), None, 8, 1 << 23)
-"""Measures them, as far as that takes time."""
 UNQUANTIZED = 16
 """The fewest bits of activations that leave them float, where all have one width."""
 
@@ -85,9 +72,6 @@ class BitAllocation(Pass):
     With ``ratios`` metrics are decoupled as in the paper: content layers (`mixdq_groups`) have a budget of their own,
     so many times the bits of the others. Of the programs that the ratios give, and of the one with a common budget,
     that is taken whose images are nearest to the float model's; then the same for ``activation_ratios``.
-
-    Losses are those of small errors. With ``rounds`` they are measured again around a plan whose noise is not their
-    sum, and the program is solved once more (of models beyond `sizes.HUGE` parameters one round at most).
 
         %mid_block_attentions_0_to_q = aten.linear(%mid_block_attentions_0_group_norm, .weight, .bias)
       =>
@@ -153,8 +137,6 @@ class BitAllocation(Pass):
     """Bits of the activations of content layers over those of the other layers: each is tried, the best is taken."""
     images: int = 8
     """Images that judge the ratios, each against the float model's from the same noise."""
-    rounds: int = 0
-    """How often, at most, losses are measured again around a plan whose noise is not their sum."""
     protected: float = 0.0
     """Share of the activations that are kept from the budget, those that lose most; at least one where it is not 0."""
     protected_as: Literal["float", "widest"] = "float"
@@ -168,7 +150,6 @@ class BitAllocation(Pass):
             if getattr(self, option):
                 self.require(option, 0 if option == "protected" else 1 / most, most)
         self.require("images", 1)
-        self.require("rounds", 0)
         given = {o: getattr(self, o) for o in ("bops", "ratios", "activation_ratios", "protected")}
         for option, asked in (given | {"objective": self.objective == "paper-db"}).items():
             if self.uniform is not None and asked:
@@ -257,10 +238,9 @@ class BitAllocation(Pass):
         if self.measures_together:
             found += fitting(sizes.layers, [formats.get(USUAL)], asked.requests.rounding)
             count = min(usual_inputs(sizes.parameters), asked.rows)
-            together = asked.running(count, PIECE)
-            together += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE))  # weights are rounded for each piece
-            found += together + Demand(disk=sizes.numbers)
-            found += (together + AROUND.demand(asked)) * min(AGAIN_EXPECTED, self.rounds)
+            found += asked.running(count, PIECE)
+            # weights are rounded for each piece
+            found += Demand(traffic=TRIAL * sizes.numbers * -(-count // PIECE), disk=sizes.numbers)
         return found
 
     def run(self, program: Program, session: Session) -> Program:
@@ -278,9 +258,10 @@ class BitAllocation(Pass):
             choices, quantized = self._by_scores(program), set()
         else:
             choices, quantized = self._solve(program, session)
-        before, program = program, self._planned(program, choices, quantized, session.fits)
+        program = self._planned(program, choices, quantized, session.fits)
         if self.measures_together:
-            program = self._where_it_stands(before, program, session)
+            self._measure_together(program, session)
+            self._note_additivity(program, session)
         self._check_uniform(program)
         self._note_latencies(program, session)
         return program
@@ -467,31 +448,6 @@ class BitAllocation(Pass):
             name = fact.name
             raise UserError(f"pass 'bit-allocation' needs '{name}': put {name} before it, or set uniform=int8")
         return program.facts[fact]
-
-    def _where_it_stands(self, program: Program, planned: Program, session: Session) -> Program:
-        """The planned program with its noise measured, or a better one by the losses around it.
-
-        Sums of losses are those of small errors. Where the whole plan's noise is another, losses are measured again
-        with weights and activations rounded as planned, the program is solved with those, and the plan of less noise is
-        kept.
-        """
-        self._measure_together(planned, session)
-        estimator, huge = program.facts.get(ESTIMATOR), program.facts[PARAMETERS] > HUGE
-        for _ in range(min(self.rounds, ROUNDS_HUGE) if huge else self.rounds):
-            if estimator is None or abs(_difference(planned)) <= AGAIN_DB:
-                break
-            around = program.fork()
-            around.facts[SENSITIVITY] = estimator.around(program, planned, session)
-            other = self._planned(around, *self._solve(around, session), session.fits)
-            self._measure_together(other, session)
-            powers = [of.facts[ALLOCATION]["additivity"]["measured"] for of in (planned, other)]
-            if powers[1] >= powers[0]:
-                break
-            planned = other
-            again = {"noise_before": powers[0], "noise_after": powers[1]}
-            planned.facts[ALLOCATION] = planned.facts[ALLOCATION] | {"measured_again": again}
-        self._note_additivity(planned, session)
-        return planned
 
     def _measure_together(self, program: Program, session: Session) -> None:
         """Measures the noise of the whole plan beside the sum of its losses."""
@@ -721,11 +677,6 @@ class BitAllocation(Pass):
                 f"uniform {self.uniform} takes {stored} bytes ({bits:.3f} true average bits), more than the budget of "
                 f"{limit} bytes; use the default recipe, which mixes formats"
             )
-
-
-def _difference(planned: Program) -> float:
-    """The dB by which the noise of a plan is above the sum of its losses; 0 where it was not measured."""
-    return planned.facts[ALLOCATION].get("additivity", {}).get("difference_db") or 0.0
 
 
 def _formats(table: LossTable) -> list[str]:

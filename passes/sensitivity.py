@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from mpq_compiler.allocation import mixdq_groups
 from mpq_compiler.allocation.sensitivity_table import CONTENT, require_of
 from mpq_compiler.analysis.content_loss import ContentLoss
-from mpq_compiler.analysis.estimated_losses import ESTIMATOR, LossEstimator, fit_edges
+from mpq_compiler.analysis.estimated_losses import LossEstimator, fit_edges
 from mpq_compiler.analysis.noise_power import (
     input_weights,
     inputs_held,
@@ -141,8 +141,7 @@ class Sensitivity(Pass):
         if self.method == "ablation":
             losses = self._by_ablation(program, inputs, tasks, results, session)
         else:
-            losses = estimator.losses(program, program, inputs, tasks, results, session)
-            program.facts[ESTIMATOR] = estimator
+            losses = estimator.losses(program, inputs, tasks, results, session)
         program.facts[SENSITIVITY] = estimator.table(tasks, losses, count, session.requests)
         if self.content != "noise":
             program.facts[SENSITIVITY]["content"] = self.content

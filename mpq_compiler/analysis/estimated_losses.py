@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
-from mpq_compiler.analysis.noise_power import input_weights, measurement_key, rounded, usual_inputs
+from mpq_compiler.analysis.noise_power import input_weights, rounded, usual_inputs
 from mpq_compiler.analysis.probes import Name, Probes, WeightErrors
 from mpq_compiler.analysis.single_changes import (
     PER_TOKEN,
@@ -22,18 +22,15 @@ from mpq_compiler.analysis.single_changes import (
     QuantizedAttention,
     QuantizedEdge,
     Task,
-    quantized_weight,
 )
 from mpq_compiler.formats import get as get_format
 from mpq_compiler.formats import version as formats_version
 from mpq_compiler.formats.base import Fit
-from mpq_compiler.ir import scratch
 from mpq_compiler.ir.costs import weight_path
 from mpq_compiler.ir.edges import dynamic_edges, input_edge
-from mpq_compiler.ir.facts import Fact
 from mpq_compiler.ir.findings import Losses, LossTable
 from mpq_compiler.ir.graph import operand
-from mpq_compiler.ir.program import PARAMETERS, Program, TensorStore
+from mpq_compiler.ir.program import Program
 from mpq_compiler.pipeline.demand import VALUE_PASSES, Asked, Demand
 from mpq_compiler.pipeline.session import Session
 from mpq_compiler.quantization.fitting import FitCache, Layer, Rounding, bias_of, kept, some_rows
@@ -43,8 +40,6 @@ from mpq_compiler.support import cache
 from mpq_compiler.support.execution import batches
 
 _logger = logging.getLogger(__name__)
-EDGES = (STATIC, PER_TOKEN, SMALL_FLOAT)
-"""The kinds of tasks that change what layers read of an edge."""
 
 
 @dataclass(frozen=True)
@@ -127,46 +122,22 @@ class LossEstimator:
             "floating": requests.activations == Activations.FLOATING,
         }
 
-    def around(self, program: Program, planned: Program, session: Session) -> LossTable:
-        """The losses where weights and activations are rounded as planned: what errors do there, not in float.
-
-        Args:
-            program: with calibration.
-            planned: the same with plans.
-            session: has the fits and runs the probes.
-        """
-        count = self.count(program.facts[PARAMETERS])
-        inputs, tasks = program.facts[CALIBRATION].select(count), self.tasks(program, session.requests)
-        place = rounded_as_planned(program, planned, session)
-        widths = {name: plan.bits for name, plan in planned.activations.items()}
-        standing = [t for t in tasks if t.kind in EDGES and widths.get(t.node.name) == t.choice]
-        formats = sorted((path, plan.format) for path, plan in planned.weights.items())
-        plan = cache.digest("around", str(formats), str(sorted(widths.items())))
-        key = measurement_key(program, inputs, count, session.device)
-        results = cache.Results("sensitivity", cache.digest(key, plan), session.cache)
-        losses = self.losses(program, place, inputs, tasks, results, session, standing)
-        return self.table(tasks, losses, count, session.requests)
-
     def losses(
         self,
         program: Program,
-        place: Program,
         inputs: dict[str, Tensor],
         tasks: list[Task],
         results: cache.Results,
         session: Session,
-        standing: Sequence[Task] = (),
     ) -> Losses:
         """The losses of tasks by name.
 
         Args:
             program: the float program, whose weights and activations are changed.
-            place: the program that sees the errors: the same, or one of other weights.
             inputs: on which outputs are compared.
             tasks: the changes.
             results: what is known of each input.
             session: has the fits and runs the probes.
-            standing: those of the tasks that are made while errors are.
         """
         samples = list(batches(inputs, 1))
         weights = input_weights(program, inputs)
@@ -182,7 +153,7 @@ class LossEstimator:
             _logger.info("sensitivity: the cache has the losses of %d of %d inputs", len(keys) - len(left), len(keys))
         if left:
             with session.track("measuring losses", len(names) + len(left)) as advance:
-                probes = self._made(program, place, tasks, session, advance, standing)
+                probes = self._made(program, tasks, session, advance)
 
                 def keep(item: tuple[dict[str, Tensor], int, int], estimated: _Estimated) -> None:
                     key = keys[item[1]]
@@ -203,11 +174,9 @@ class LossEstimator:
     def _made(
         self,
         program: Program,
-        place: Program,
         tasks: list[Task],
         session: Session,
         advance: Callable[[int], None],
-        standing: Sequence[Task],
     ) -> Probes:
         """What estimates the tasks: the errors of weights, and the functions that change activations."""
         fits = session.fits
@@ -240,8 +209,7 @@ class LossEstimator:
 
         session.tasks(_row_errors, None, (_rows(program, fits, of, share) for of in layers.values()), keep)
         ordered = {weight: weights[weight] for weight in layers}
-        there = {task.node.name: edges[task.node][task.name] for task in standing}
-        return Probes(place, ordered, edges, calls, session.seed, session.device, there)
+        return Probes(program, ordered, edges, calls, session.seed, session.device)
 
     def _share(self, tasks: list[Task], program: Program) -> float:
         """The share of the rows of weights that are quantized in every format."""
@@ -255,21 +223,6 @@ class LossEstimator:
     def each(self, share: float) -> int:
         """The probes of an input on average, where that share of the rows of weights is quantized."""
         return self.probes if share == 1 else max(1, self.probes // 4)
-
-
-def rounded_as_planned(program: Program, planned: Program, session: Session) -> Program:
-    """A copy of a float program whose weights, and biases where those are corrected, are rounded as planned."""
-    place = program.fork(tensors=TensorStore(program.tensors))
-    names: dict[str, str] = {}
-    for node in program.quantizable:
-        plan = planned.weights[str(weight_path(node))]
-        task = Task(WEIGHT, node, plan.format, "", session.requests.rounding.quick)
-        for of, value in quantized_weight(program, session.fits, task).items():
-            if of.name not in names:
-                names[of.name] = place.tensors.add(f"{of.target}:planned", scratch.kept(value))
-    for node in place.graph.nodes:
-        node.target = names.get(node.name, node.target)
-    return place
 
 
 def fit_edges(program: Program, tasks: Sequence[Task], session: Session) -> None:
@@ -354,7 +307,3 @@ def _estimate(probes: Probes, item: tuple[dict[str, Tensor], int, int]) -> _Esti
     begin = time.thread_time()
     power, errors = probes.powers(*item)
     return _Estimated(power, errors, time.thread_time() - begin)
-
-
-ESTIMATOR = Fact[LossEstimator]("loss-estimator")
-"""What measured the losses of a program, to measure them once more."""

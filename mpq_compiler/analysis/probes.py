@@ -74,7 +74,6 @@ class Probes(Interpreter):
         calls: Mapping[fx.Node, CallChanges],
         seed: int = 0,
         device: str = "cpu",
-        standing: Mapping[str, Callable[[Tensor, Tensor], Tensor]] | None = None,
     ) -> None:
         """Takes the errors.
 
@@ -85,12 +84,9 @@ class Probes(Interpreter):
             calls: what all read in place of a call's value, whose elements may change together.
             seed: of the probes.
             device: where the program runs.
-            standing: what layers read of edges, by their names, as a function of value and timestep, while errors are
-                made; of others the value. Gradients pass it straight through.
         """
         super().__init__(_tapped(program), device)
         self.given = program, weights, edges, calls
-        self.standing = standing or {}
         here = {node.name: node for node in self.program.graph.nodes}
         self.weights = {here[node.name]: errors for node, errors in weights.items()}
         self.edges = {here[f"{node.name}_tap"]: changes for node, changes in edges.items()}
@@ -110,7 +106,7 @@ class Probes(Interpreter):
     def __reduce__(self) -> tuple[type[Probes], tuple[object, ...]]:
         """Takes along what running the program takes."""
         program, *errors = self.given
-        return Probes, (parcels.lean(program), *errors, self.seed, self.device, self.standing)
+        return Probes, (parcels.lean(program), *errors, self.seed, self.device)
 
     def powers(self, sample: Mapping[str, Tensor], number: int, count: int) -> tuple[float, dict[Name, float]]:
         """Estimates the squared error of the output under each error alone.
@@ -186,8 +182,6 @@ class _Run(Interpreter):
     def call(self, node: fx.Node, args: tuple[Tensor, ...], kwargs: Mapping[str, object]) -> Tensor:
         value: Tensor = super().call(node, args, kwargs)
         probes = self.probes
-        if node.target is tap and (stands := probes.standing.get(operand(node, 0).name)) is not None:
-            value = value + (stands(value.detach(), self.timestep) - value).detach()
         known = [x.detach() if isinstance(x, Tensor) else x for x in args]
         if (edge := probes.edges.get(node)) is not None or node.target is tap:
             value = self._watched(value, lambda: _errors(edge or {}, known[0], self.timestep, known[0]), _independent)

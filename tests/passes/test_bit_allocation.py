@@ -389,55 +389,6 @@ def test_losses_that_do_not_add_up_are_told_with_a_remedy(factor, given, remedy)
         assert found.facts[ALLOCATION]["additivity"]["difference_db"] is None
 
 
-@pytest.fixture(scope="module")
-def misjudged() -> Program:
-    """A program whose most sensitive layer is measured a thousand times too good, which its plan's noise shows."""
-    program = programs.after(MODEL, "sensitivity").fork()
-    table = program.facts[SENSITIVITY]
-    worst = max(table["weights"], key=lambda path: table["weights"][path]["int2"])
-    wrong = {choice: loss / 1000 for choice, loss in table["weights"][worst].items()}
-    program.facts[SENSITIVITY] = table | {"weights": table["weights"] | {worst: wrong}}
-    return program
-
-
-def test_losses_are_measured_again_around_a_plan_that_they_misjudge(misjudged, tmp_path):
-    session = Session(programs.denoiser(MODEL), cache=tmp_path, jobs=2)
-    once, again = (together(misjudged, session, rounds=rounds) for rounds in (0, 1))
-    before, after = (of.facts[ALLOCATION]["additivity"] for of in (once, again))
-    assert abs(before["difference_db"]) > bit_allocation.AGAIN_DB > abs(after["difference_db"])
-    assert after["measured"] < 0.5 * before["measured"]
-    judged = again.facts[ALLOCATION]["measured_again"]
-    assert judged["noise_after"] < judged["noise_before"]
-    assert once.weights != again.weights
-    assert again.facts[SENSITIVITY]["weights"] != misjudged.facts[SENSITIVITY]["weights"]
-    assert misjudged.weights == {}
-    assert together(misjudged, session, rounds=1).facts[ALLOCATION] == again.facts[ALLOCATION]  # from the cache
-
-
-def test_a_plan_that_its_losses_judge_well_is_kept(tmp_path):
-    program, session = programs.after(MODEL, "sensitivity"), Session(programs.denoiser(MODEL), cache=tmp_path)
-    once, again = (together(program, session, rounds=rounds) for rounds in (0, 3))
-    assert once.facts[ALLOCATION] == again.facts[ALLOCATION] and not [*tmp_path.rglob("*.results")]
-
-
-def test_a_plan_measured_again_that_has_more_noise_is_dropped(misjudged, tmp_path, monkeypatch):
-    measure, told = bit_allocation.noise_of_program, iter((1e-9, 1e-8, 1e-9))
-    monkeypatch.setattr(bit_allocation, "noise_of_program", lambda *given: measure(*given) * 0 + next(told))
-    session = Session(programs.denoiser(MODEL), cache=tmp_path)
-    again, once = (together(misjudged, session, rounds=rounds) for rounds in (1, 0))
-    assert once.facts[ALLOCATION] == again.facts[ALLOCATION] and once.weights == again.weights
-    assert next(told, None) is None
-
-
-@pytest.mark.parametrize(("huge", "measured"), [(1 << 40, 3), (0, 2)])
-def test_plans_of_huge_models_are_measured_again_once(misjudged, tmp_path, monkeypatch, huge, measured):
-    measure, told = bit_allocation.noise_of_program, iter((1e-7, 1e-8, 1e-9))
-    monkeypatch.setattr(bit_allocation, "noise_of_program", lambda *given: measure(*given) * 0 + next(told))
-    monkeypatch.setattr(bit_allocation, "HUGE", huge)
-    together(misjudged, Session(programs.denoiser(MODEL), cache=tmp_path), rounds=2)
-    assert len([*told]) == 3 - measured
-
-
 def test_a_table_that_names_no_inputs_is_not_checked():
     program = programs.after(MODEL, "sensitivity").fork()
     table = {key: value for key, value in program.facts[SENSITIVITY].items() if key != "inputs"}

@@ -7,24 +7,16 @@ import json
 import math
 
 import numpy as np
-import pytest
 import scipy.stats
-import torch
 
 from mpq_compiler.analysis.estimated_losses import LossEstimator
-from mpq_compiler.analysis.probes import Probes, WeightErrors
+from mpq_compiler.analysis.probes import Probes
 from mpq_compiler.ir import segments
-from mpq_compiler.ir.aten import aten
-from mpq_compiler.ir.edges import input_edge
 from mpq_compiler.ir.findings import SENSITIVITY
-from mpq_compiler.ir.graph import operand
 from mpq_compiler.ir.program import Program
 from mpq_compiler.passes.sensitivity import Sensitivity
-from mpq_compiler.pipeline.realize import uniform
 from mpq_compiler.pipeline.session import Session
-from mpq_compiler.quantization.fitting import Layer
 from mpq_compiler.quantization.requests import Requests
-from mpq_compiler.quantization.statistics import CALIBRATION
 from mpq_compiler.support import cache
 from tests.harness import programs
 
@@ -134,64 +126,6 @@ def test_inputs_that_are_known_are_not_run_again(tmp_path, monkeypatch):
     assert {key: loss for key, loss in losses(more, program, tmp_path).items() if key in first} == first
     assert sorted(runs) == [0, 1, 2]
     assert {kind for kind, *_ in cache.entries(tmp_path)} == {"sensitivity"}
-
-
-def test_what_layers_read_meanwhile_is_what_a_program_makes_of_it():
-    """An edge that is shifted while errors are made: the same as a program that adds as much."""
-    program = programs.after(MODEL, "time-groups")
-    edge, shifted = input_edge(program.quantizable[-1]), program.fork()
-    readers = [n for n in shifted.quantizable if input_edge(n).name == edge.name]
-    with shifted.graph.inserting_before(readers[0]):
-        added = shifted.graph.call_function(aten.add.Tensor, (operand(readers[0], 0), 0.25))
-    for node in readers:
-        node.update_arg(0, added)
-    sample = {name: x[:1] for name, x in program.facts[CALIBRATION].inputs.items()}
-
-    def powers(of: Program, standing) -> tuple[float, dict]:
-        errors = {}
-        for node in of.quantizable:
-            rows = of.tensors[str(operand(node, 1).target)].flatten(1)
-            errors[operand(node, 1)] = WeightErrors(torch.arange(len(rows)), len(rows), {node.name: rows / 16})
-        return Probes(of, errors, {}, {}, standing=standing).powers(sample, 0, 2)
-
-    there, plain = powers(shifted, {}), powers(program, {})
-    here = powers(program, {edge.name: lambda x, time: x + 0.25})
-    assert here[0] == pytest.approx(there[0], rel=1e-5) and here[1] == pytest.approx(there[1], rel=1e-3)
-    assert here[0] != pytest.approx(plain[0], rel=1e-3)
-
-
-def test_around_a_fine_plan_losses_are_those_of_the_float_program_and_around_a_coarse_one_not(tmp_path):
-    program, session = programs.after(MODEL, "time-groups"), Session(cache=tmp_path)
-    estimator = LossEstimator(("int8",), (4, 8), inputs=3, probes=8, sampled=1 << 23)
-    apart = {}
-    for name, width in (("int8", 8), ("int8", 4), ("int3", 8)):
-        planned = uniform(name, activations=float(width)).run(program, session)
-        around = estimator.around(program, planned, session)
-        of_float = losses(dataclasses.replace(PASS, formats=("int8",)), program, tmp_path)
-        found = [around[kind][place][choice] / loss for (kind, place, choice), loss in of_float.items()]
-        apart[name, width] = np.abs(10 * np.log10(found)).mean()
-    assert 4 * apart["int8", 8] < min(0.3, apart["int8", 4], apart["int3", 8])
-
-
-@pytest.mark.parametrize("sampled", [1, 1 << 23], ids=["some rows", "all rows"])
-def test_around_a_plan_no_weight_is_fitted_again(tmp_path, monkeypatch, sampled):
-    program, session = programs.after(MODEL, "time-groups"), Session(cache=tmp_path)
-    estimator = LossEstimator(("int2", "ec2"), (8,), inputs=1, probes=1, sampled=sampled)
-    planned = uniform("int8", activations=8.0).run(program, session)
-    fitted, fit_formats = [], Layer.fit_formats
-
-    def counting(self, names, *arguments):
-        fitted.extend(names)
-        return fit_formats(self, names, *arguments)
-
-    monkeypatch.setattr(Layer, "fit_formats", counting)
-    inputs, results = program.facts[CALIBRATION].select(1), cache.Results("sensitivity", "float", tmp_path)
-    estimator.losses(program, program, inputs, estimator.tasks(program), results, session)
-    assert {*fitted} == {"int2", "ec2"}
-    fitted.clear()
-    found = estimator.around(program, planned, session)
-    assert not fitted
-    assert found == estimator.around(program, planned, Session(cache=tmp_path / "other")) and fitted
 
 
 def test_more_inputs_where_widths_are_chosen_for_a_small_model():
