@@ -1,4 +1,4 @@
-"""Losses of a program's single changes, estimated together by random probes: of the float program, or around a plan."""
+"""Losses of a program's single changes, estimated together by random probes."""
 
 from __future__ import annotations
 
