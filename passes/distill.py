@@ -61,12 +61,11 @@ class Distill(Pass):
 
     For ``latent`` of the updates that is the weights themselves: float weights behind the quantizer, with
     straight-through gradients (LSQ, arXiv 1902.08153, for any table of levels); not in a program of entropy-coded
-    weights, whose codes are best where GPTQ put them. Then the codes are frozen, and scales,
-    offsets, ranges of activations, biases, norms and embeddings go on: codes that move to the end leave them
-    mismatched. Errors count by what they do to images, which is measured for each time: early ones a hundred times as
-    much as late ones. With ``unroll`` a last stage learns whole images, through all steps of the sampler. Of each stage
-    the state with the least error on held-out calls, or images, is kept, and only if held-out images are no worse for
-    it.
+    weights, whose codes stay where GPTQ put them. Then the codes are frozen, and scales, offsets, ranges of
+    activations, biases, norms and embeddings go on: codes that move to the end leave them mismatched. Errors count by
+    what they do to images, which is measured for each time: early ones a hundred times as much as late ones. With
+    ``unroll`` a last stage learns whole images, through all steps of the sampler. Of each stage the state with the
+    least error on held-out calls, or images, is kept, and only if held-out images are no worse for it.
 
         %conv_in_w_base = mpq::dequantize_weight(.weight:{base.codes,scale,offset,base.lut}, shape=[32,3,3,3])
         %conv_in        = mpq::conv2d(%permute_default_q, %conv_in_w, .bias:corrected, ...)
