@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
+from mpq_compiler import formats
 from mpq_compiler.analysis import trajectory_error
 from mpq_compiler.analysis.trajectory_error import TrajectoryError
 from mpq_compiler.ir import provenance
 from mpq_compiler.ir.blocks import Block
 from mpq_compiler.ir.blocks import blocks as blocks_of
 from mpq_compiler.ir.program import TIME_GROUPS, Program
-from mpq_compiler.ir.stored_tensors import entropy_format
 from mpq_compiler.pipeline.demand import Asked, Demand
 from mpq_compiler.pipeline.passes import Contract, Pass, Role
 from mpq_compiler.pipeline.session import Session
@@ -360,7 +360,7 @@ Phase = Callable[[Program, Data, Data], tuple[Program, list[Outcome]]]
 
 def _coded(program: Program) -> bool:
     """Whether weights are entropy-coded."""
-    return any(entropy_format(program, path) for path in program.weights)
+    return formats.any_coded(plan.format for plan in program.weights.values())
 
 
 def _note_ends(program: Program, outcomes: Iterable[Outcome]) -> None:

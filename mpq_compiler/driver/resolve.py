@@ -198,8 +198,7 @@ def _with_packed(recipe: Recipe) -> Recipe:
     for step in _passes_of(recipe):
         if (option := step.settings.get("packed")) is not None:
             stated = make(step.name(), recipe.options.get(step.name(), {})).options()
-            coded = any(isinstance(formats.get(name), formats.EntropyFormat) for name in stated["formats"])
-            if coded and stated[option]:
+            if stated[option] and formats.any_coded(stated["formats"]):
                 recipe = recipe.override(step.name(), formats=stated[option])
     return recipe
 

@@ -71,6 +71,11 @@ def _find(name: str, external: tuple[EntryPoint, ...]) -> Format:
     return loaded
 
 
+def any_coded(names: Iterable[str]) -> bool:
+    """Whether one of the formats is entropy-coded."""
+    return any(isinstance(get(name), EntropyFormat) for name in names)
+
+
 def _spelled(name: str) -> Format | None:
     """The built-in format called `name`, or the one that the name spells out; None where there is neither."""
     if name in FORMATS:
@@ -100,6 +105,7 @@ __all__ = [
     "LowRankFormat",
     "LowRankWeight",
     "QuantizedWeight",
+    "any_coded",
     "get",
     "names",
     "stored_type",

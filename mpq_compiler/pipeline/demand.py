@@ -193,8 +193,7 @@ class Asked:
     def coded(self) -> bool:
         """Whether weights may be entropy-coded."""
         measured = [name for step in self.earlier for name in getattr(step, "formats", ())]
-        named = measured if self.uniform is None else [self.uniform]
-        return any(isinstance(formats.get(name), formats.EntropyFormat) for name in named)
+        return formats.any_coded(measured if self.uniform is None else [self.uniform])
 
     def running(self, inputs: int, together: int) -> Demand:
         """Running the program on inputs, so many at a time on each job."""
