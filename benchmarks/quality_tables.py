@@ -139,19 +139,22 @@ def best_others(model: str, setting: str, cells: Sequence[Cell]) -> list[str]:
     return [*many, *(name for name in few if name not in many)] if few[:1] and few[0] in many else few
 
 
-def claims(cells: Sequence[Cell]) -> list[list[Cell]]:
-    """For each setting of a judge the cells of `default` and of the best published recipe, a list each.
+def claims(cells: Sequence[Cell]) -> list[tuple[list[Cell], list[Cell]]]:
+    """For each setting of a judge the cells of `default` and of the best published recipe, of one seed.
 
-    Of claimed settings they are trained as long as by ``--effort best``, and there is a pair for each rival.
+    Of claimed settings there is each rival besides, of all seeds and trained as long as by ``--effort best``.
     """
     found = []
     for model, setting in _judged(cells):
-        long = setting in CLAIMED
-        minutes = BEST_MINUTES if long else cells[0].minutes
-        first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"], minutes=minutes)
-        seeds = range(CLAIM["seeds"] if long else 1)
-        for other in best_others(model, setting, cells)[: RIVALS if long else 1]:
-            found += [[replace(first, recipe=name, seed=seed) for seed in seeds] for name in ("default", other)]
+        first = replace(cells[0], model=model, setting=setting, images=CLAIM["images"])
+        others = best_others(model, setting, cells)
+        sides = [(first, others[:1], 1)]
+        if setting in CLAIMED:
+            sides.append((replace(first, minutes=BEST_MINUTES), others[:RIVALS], CLAIM["seeds"]))
+        for cell, rivals, seeds in sides:
+            for other in rivals:
+                ours, theirs = ([replace(cell, recipe=r, seed=n) for n in range(seeds)] for r in ("default", other))
+                found.append((ours, theirs))
     return found
 
 
@@ -161,28 +164,30 @@ def _judged(cells: Sequence[Cell]) -> list[tuple[str, str]]:
 
 
 CLAIM_HEADERS = (
-    "model", "setting", "best published", "default, dB", "other, dB", "image SQNR, dB", "of each seed", "PSNR, dB",
-    "default, Fréchet", "other, Fréchet", "Fréchet", "class accuracy", "of float's",
+    "model", "setting", "minutes", "best published", "default, dB", "other, dB", "image SQNR, dB", "of each seed",
+    "PSNR, dB", "default, Fréchet", "other, Fréchet", "Fréchet", "class accuracy", "of float's",
 )  # fmt: skip
 
 
 def claimed(cells: Sequence[Cell]) -> list[list[str]]:
-    """A line for each claim whose cells are there: `default` less the best published recipe, with 95 % intervals."""
+    """A line for each claim: `default` less the best published recipe by the seeds there are, with intervals."""
     lines = []
-    both = iter(claims(cells))
-    for default, other in zip(both, both, strict=True):
-        ours, theirs = ([row for cell in side if (row := cell.result())] for side in (default, other))
-        if len(ours) < len(default) or len(theirs) < len(other):
+    for default, other in claims(cells):
+        rows = ((a.result(), b.result()) for a, b in zip(default, other, strict=True))
+        both = [(mine, its) for mine, its in rows if mine and its]
+        if not both:
             continue
+        ours, theirs = zip(*both, strict=True)
         decibels = (statistics.mean(row["image_sqnr_db"] for row in rows) for rows in (ours, theirs))
-        by_seed = ", ".join(f"{paired([a], [b])[0]:+.2f}" for a, b in zip(ours, theirs, strict=True))
+        by_seed = ", ".join(f"{paired([a], [b])[0]:+.2f}" for a, b in both)
         distance = paired_frechet(ours, theirs)
         distances = [""] * 3
         if distance:
             means = (statistics.mean(row["frechet_to_float"] for row in rows) for rows in (ours, theirs))
             distances = [*(f"{mean:.4f}" for mean in means), "{:+.4f} ({:+.4f} .. {:+.4f})".format(*distance)]
+        first = default[0]
         lines.append(
-            [default[0].model, default[0].setting, other[0].recipe, *(f"{db:.2f}" for db in decibels),
+            [first.model, first.setting, f"{first.minutes:g}", other[0].recipe, *(f"{db:.2f}" for db in decibels),
              shown(paired(ours, theirs)), by_seed, shown(paired_psnr(ours, theirs)), *distances, *_accuracies(ours)]
         )  # fmt: skip
     return lines
