@@ -207,33 +207,33 @@ def by_samplers(cells: Sequence[Cell]) -> list[list[str]]:
     return lines
 
 
-def of_best(cells: Sequence[Cell]) -> list[Cell]:
-    """`default` with the usual minutes and with those of `--effort best`, by turns, where it is claimed."""
+def by_minutes(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """`default` untrained, with the usual minutes and with those of ``--effort best``, where it is claimed."""
     places = [(model, setting) for model, setting in _judged(cells) if setting in CLAIMED]
-    minutes = (MINUTES, BEST_MINUTES)
-    return [Cell(m, s, "default", t, images=CLAIM["images"]) for m, s in places for t in minutes]
+    minutes = (0.0, MINUTES, BEST_MINUTES)
+    return [[Cell(m, s, "default", t, images=CLAIM["images"]) for t in minutes] for m, s in places]
 
 
-BEST_HEADERS = (
+MINUTES_HEADERS = (
     "model", "setting", "minutes", "true bits", "SQNR, dB", "images: SQNR, dB", "PSNR, dB", "Fréchet to float",
-    "class accuracy", "of float's", "gained, dB",
+    "class accuracy", "of float's", "gained, dB", "gained, PSNR, dB",
 )  # fmt: skip
 
 
 def trained(cells: Sequence[Cell]) -> list[list[str]]:
-    """A line for each of those cells that is there; what minutes gain has a 95 % interval."""
+    """A line for each of those cells that is there; what it gains over the line before has a 95 % interval."""
     lines = []
-    both = iter(of_best(cells))
-    for usual, best in zip(both, both, strict=True):
-        rows = [cell.result() for cell in (usual, best)]
-        for cell, row in zip((usual, best), rows, strict=True):
-            if not row:
+    for place in by_minutes(cells):
+        before = None
+        for cell in place:
+            if not (row := cell.result()):
                 continue
             parts = [cell.model, cell.setting, f"{cell.minutes:g}", f"{row['true_bits']:.2f}"]
             parts += [f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db")]
             parts += [_number(row["frechet_to_float"], 3), *_accuracies([row])]
-            gained = cell is best and all(rows)
-            lines.append([*parts, shown(paired([row], rows[:1])) if gained else ""])
+            gains = [shown(of([row], [before])) if before else "" for of in (paired, paired_psnr)]
+            lines.append([*parts, *gains])
+            before = row
     return lines
 
 

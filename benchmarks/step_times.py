@@ -71,7 +71,8 @@ def timed(artifacts: Mapping[str, Path]) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=tuple(quality_cells.MODELS))
+    models = (*quality_cells.JUDGED, *quality_cells.MODELS)
+    parser.add_argument("--model", nargs="+", choices=models, default=models)
     parser.add_argument("--artifacts", type=Path, help="a folder where they stay (default: they do not)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()

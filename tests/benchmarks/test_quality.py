@@ -82,7 +82,7 @@ def test_claims_are_about_judges(results):
     assert {(len(side), side[0].minutes) for side in usual} == {(1, quality_cells.MINUTES)}
     places = sum(len(settings) for settings in quality_cells.JUDGED.values())
     assert len(usual) == 2 * places
-    usual, best = quality_tables.of_best(cells)[:2]
+    _, usual, best = quality_tables.by_minutes(cells)[0]
     assert best in long[0][0] and usual == replace(best, minutes=quality_cells.MINUTES)
 
 
@@ -101,6 +101,20 @@ def test_claims_show_the_seeds_that_both_have(results):
     shown = dict(zip(quality_tables.CLAIM_HEADERS, line, strict=True))
     assert (shown["minutes"], shown["best published"], shown["of each seed"]) == ("30", "mpq-dm", "+10.00")
     assert (shown["default, dB"], shown["other, dB"], shown["image SQNR, dB"][:6]) == ("9.00", "0.00", "+10.00")
+
+
+def test_minutes_gain_over_those_before(results):
+    cells = quality_cells.cells_of(["emoji-dit"], ["W4A4"])
+    ((untrained, usual, best),) = quality_tables.by_minutes(cells)
+    assert [cell.minutes for cell in (untrained, usual, best)] == [0, quality_cells.MINUTES, quality_cells.BEST_MINUTES]
+    more = {"psnr_db": 1, "frechet_to_float": None, "class_accuracy": None, "true_bits": 4, "sqnr_db": 1}
+    for cell, scale in ((untrained, 10.0), (best, 0.1)):
+        results(cell, **row(scale, 0), image_sqnr_db=1, **more)
+    lines = quality_tables.trained(cells)
+    first, second = (dict(zip(quality_tables.MINUTES_HEADERS, line, strict=True)) for line in lines)
+    assert first["gained, dB"] == "" and second["gained, dB"][:6] == second["gained, PSNR, dB"][:6] == "+20.00"
+    results(usual, **row(1.0, 0), image_sqnr_db=1, **more)
+    assert [line[-1][:6] for line in quality_tables.trained(cells)] == ["", "+10.00", "+10.00"]
 
 
 def test_only_budgets_that_cannot_be_met_are_kept_as_refusals(results, monkeypatch, capsys):
