@@ -272,16 +272,18 @@ def show(cells: list[Cell]) -> None:
 
 
 def markdown(cells: list[Cell]) -> str:
-    """The results that are there, as a table for people."""
-    headers = (
+    """The results that are there, as a table for people; with times of steps where some were measured."""
+    headers = [
         "model", "setting", "recipe", "true bits", "SQNR, dB", "images: SQNR, dB", "PSNR, dB", "Fréchet to float", "ms",
-    )  # fmt: skip
+    ]  # fmt: skip
     lines = []
     for cell in cells:
         if row := cell.result():
             parts = [f"{row['true_bits']:.2f}", *(f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db"))]
             parts += [_number(row["frechet_to_float"], 2), _step_ms(row)]
             lines.append([cell.model, cell.setting, f"`{cell.recipe}`", *parts])
+    if not any(line[-1] for line in lines):
+        headers, lines = headers[:-1], [line[:-1] for line in lines]
     return documents.table(headers, lines)
 
 
@@ -336,10 +338,10 @@ def _step_times() -> dict[str, Any]:
 
 
 def _step_ms(row: Mapping[str, Any]) -> str:
-    """Of all artifacts in one run where they were timed so, else of the machine that computed the row."""
+    """Of all artifacts in one run (`benchmarks.step_times`), where they were timed."""
     cell = row["cell"]
     timed = _step_times().get(cell["model"], {}).get(f"{cell['setting']} {cell['recipe']}")
-    return _number(timed["ms"] if timed else row.get("step_ms"), 2)
+    return _number(timed and timed["ms"], 2)
 
 
 def _number(value: float | None, digits: int) -> str:
