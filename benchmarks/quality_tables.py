@@ -203,7 +203,8 @@ def by_samplers(cells: Sequence[Cell]) -> list[list[str]]:
         if (row := cell.result()) and "samplers" in row:
             sums = ([sum(row["samplers"][name][what]) for what in ("powers", "errors")] for name in SAMPLERS)
             decibels = [f"{10 * math.log10(power / error):.2f}" for power, error in sums]
-            lines.append([cell.model, cell.setting, cell.recipe, f"{cell.minutes:g}", *decibels])
+            minutes = f"{cell.minutes:g}" if row["trained"] else ""
+            lines.append([cell.model, cell.setting, cell.recipe, minutes, *decibels])
     return lines
 
 
