@@ -14,6 +14,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +23,7 @@ from benchmarks import documents, plans
 from benchmarks.quality_cells import MODELS
 from mpq_compiler.formats import activation
 from mpq_compiler.ir import interpreter, ops
+from mpq_compiler.quantization.fitting import FitCache
 from mpq_compiler.quantization.statistics import GRAM, RANGE, VALUES
 from mpq_compiler.support import terminal
 
@@ -53,9 +55,11 @@ class Bench(plans.Judge):
         self.name = model
 
     def row(self, weights: str, options: str, method: str) -> dict[str, Any]:
-        exponents = (lambda bits: (4,)) if options.endswith(E4M3) else activation.exponents
+        exponents, session = activation.exponents, self.session
+        if options.endswith(E4M3):  # fits of other rows have other encodings
+            exponents, session = lambda bits: (4,), replace(session, fits=FitCache())
         begin = time.process_time()
-        with mock.patch.object(activation, "exponents", exponents):
+        with mock.patch.object(activation, "exponents", exponents), mock.patch.object(self, "session", session):
             plan = self.passed(PLAN.format(weights, options.removesuffix(f",{E4M3}")), self.floats)
             program = self.passed(BACK.format(method), plan)
         seconds = time.process_time() - begin
