@@ -14,8 +14,8 @@ in the same steps; judges draw with other samplers too, in 4 to 50 steps, than c
 paired bootstrap interval of its difference to the best published recipe: the same images are drawn with replacement for
 both. Training has as many minutes in every cell (`mpqc compile --minutes`). A claim is about `default` and the best
 published recipe of a judge's setting on 1000 images; at W2A8 and W4A4 also about the two best, of three seeds each, all
-trained as long as by `--effort best`. A cell is known by its recipe and
-options; results and the errors of every image lie in benchmarks/results/quality/, and `--all` goes on where it was.
+trained as long as by `--effort best`. A cell is known by its recipe and options; results and the errors of every image
+lie in benchmarks/results/quality/, and `--all` goes on where it was.
 """
 
 from __future__ import annotations
