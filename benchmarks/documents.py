@@ -7,8 +7,10 @@ from pathlib import Path
 
 
 def table(headers: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """In Markdown."""
-    return "\n".join("| " + " | ".join(line) + " |" for line in (headers, ["---"] * len(headers), *lines))
+    """In Markdown; a column without any value is left out, as `terminal.table` does."""
+    kept = [i for i in range(len(headers)) if not lines or any(line[i] for line in lines)]
+    whole = (headers, ["---"] * len(headers), *lines)
+    return "\n".join("| " + " | ".join(line[i] for i in kept) + " |" for line in whole)
 
 
 def insert(path: Path, name: str, table: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from benchmarks import quality, quality_cells, quality_tables
+from benchmarks import documents, quality, quality_cells, quality_tables
 from benchmarks.quality_cells import CLAIM, Budget, Cell
 from mpq_compiler.driver import options, resolve
 from mpq_compiler.support.errors import BudgetError, UserError
@@ -76,12 +76,12 @@ def test_claims_are_about_judges(results):
     assert {cell.model for sides in pairs for side in sides for cell in side} == {*quality_cells.JUDGED}
     long = [sides for sides in pairs if sides[0][0].minutes == quality_cells.BEST_MINUTES]
     assert len(long) == 2 * 2 * quality_cells.RIVALS
-    assert {cells[0].setting for sides in long for cells in sides} == {*quality_cells.CLAIMED}
+    assert {side[0].setting for sides in long for side in sides} == {*quality_cells.CLAIMED}
     assert {len(side) for sides in long for side in sides} == {CLAIM["seeds"]}
-    usual = [side for sides in pairs if sides not in long for side in sides]
-    assert {(len(side), side[0].minutes) for side in usual} == {(1, quality_cells.MINUTES)}
+    short = [side for sides in pairs if sides not in long for side in sides]
+    assert {(len(side), side[0].minutes) for side in short} == {(1, quality_cells.MINUTES)}
     places = sum(len(settings) for settings in quality_cells.JUDGED.values())
-    assert len(usual) == 2 * places
+    assert len(short) == 2 * places
     _, usual, best = quality_tables.by_minutes(cells)[0]
     assert best in long[0][0] and usual == replace(best, minutes=quality_cells.MINUTES)
 
@@ -115,6 +115,12 @@ def test_minutes_gain_over_those_before(results):
     assert first["gained, dB"] == "" and second["gained, dB"][:6] == second["gained, PSNR, dB"][:6] == "+20.00"
     results(usual, **row(1.0, 0), image_sqnr_db=1, **more)
     assert [line[-1][:6] for line in quality_tables.trained(cells)] == ["", "+10.00", "+10.00"]
+
+
+def test_tables_of_documents_leave_columns_without_a_value_out():
+    lines = [["a", "", "1"], ["b", "", ""]]
+    assert documents.table(("name", "none", "some"), lines) == "| name | some |\n| --- | --- |\n| a | 1 |\n| b |  |"
+    assert documents.table(("name", "none"), []) == "| name | none |\n| --- | --- |"
 
 
 def test_only_budgets_that_cannot_be_met_are_kept_as_refusals(results, monkeypatch, capsys):
