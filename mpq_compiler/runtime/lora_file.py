@@ -18,9 +18,9 @@ from typing import TypedDict, cast
 
 import numpy as np
 
+from mpq_compiler.artifact import documents
 from mpq_compiler.support import tensorfile
 from mpq_compiler.support.errors import UserError
-from mpq_compiler.support.files import decode_json
 
 METADATA = "lora_adapter_metadata"
 """The key of diffusers' adapter settings in the metadata of a file."""
@@ -166,22 +166,33 @@ def _factors(path: object, name: str, parts: Mapping[str, np.ndarray], settings:
 
     if missing := [kind for kind in ("down", "up") if kind not in parts]:
         raise damaged(f"it lacks the factor {missing[0]}")
+    stored = {}
     for kind, value in parts.items():
-        if value.dtype.kind != "f" or not np.isfinite(value.astype(np.float64)).all():
-            raise damaged(f"{kind} is {value.dtype}" if value.dtype.kind != "f" else f"NaN or infinity in {kind}")
-    up, down = (parts[kind].astype(np.float32) for kind in ("up", "down"))
-    if up.ndim not in (2, 4) or down.ndim not in (2, 4) or up.shape[2:] not in ((), (1, 1)):
-        raise damaged(f"up {list(up.shape)} and down {list(down.shape)} are no factors of a weight")
-    up = up.reshape(len(up), -1)
-    if up.shape[1] != len(down) or not len(down):
-        raise damaged(f"up {list(up.shape)} and down {list(down.shape)} have different ranks")
-    return Factors(up * np.float32(_scale(name, parts.get("alpha"), len(down), settings)), down)
+        if value.dtype.kind != "f":
+            raise damaged(f"{kind} is {value.dtype}")
+        with np.errstate(over="ignore"):
+            stored[kind] = value.astype(np.float32)
+        if not np.isfinite(stored[kind]).all():
+            raise damaged(f"NaN or infinity in {kind}")
+    up, down, alpha = stored["up"], stored["down"], stored.get("alpha")
+    sides = f"up {list(up.shape)} and down {list(down.shape)}"
+    if {up.ndim, down.ndim} - {2, 4} or up.shape[2:] not in ((), (1, 1)) or not (up.size and down.size):
+        raise damaged(f"{sides} are no factors of a weight")
+    if up.shape[1] != len(down):
+        raise damaged(f"{sides} have different ranks")
+    if alpha is not None and alpha.size != 1:
+        raise damaged(f"alpha {list(alpha.shape)} is no number")
+    with np.errstate(over="ignore"):
+        up = up.reshape(len(up), -1) * np.float32(_scale(name, alpha, len(down), settings))
+    if not np.isfinite(up).all():
+        raise damaged("alpha makes infinity of up")
+    return Factors(up, down)
 
 
 def _scale(name: str, alpha: np.ndarray | None, rank: int, settings: _Settings) -> float:
     """The factor of ``up @ down``: alpha / rank, where the file or its settings have an alpha, else 1."""
     if alpha is not None:
-        return float(alpha.reshape(-1)[0]) / rank
+        return float(alpha.item()) / rank
     value = settings.get("lora_alpha")
     for pattern, other in (settings.get("alpha_pattern") or {}).items():
         if re.fullmatch(rf"(.*\.)?({pattern})", name):
@@ -192,28 +203,48 @@ def _scale(name: str, alpha: np.ndarray | None, rank: int, settings: _Settings) 
 
 
 class _Settings(TypedDict, total=False):
-    """PEFT's settings of an adapter, as far as they say what its factors mean."""
+    """PEFT's settings of an adapter (schemas/lora-settings.json)."""
 
-    lora_alpha: float
-    alpha_pattern: dict[str, float] | None
-    use_rslora: bool
-    use_dora: bool
+    lora_alpha: float | None
+    alpha_pattern: dict[str, float | None] | None
+    use_rslora: bool | None
+    use_dora: bool | None
 
 
 def _settings(path: str | os.PathLike[str], names: Iterable[str]) -> _Settings:
     """The adapter's settings, of the file or beside it; {} where it has none. UserError: it is no plain LoRA."""
-    settings: _Settings = {}
+    beside = Path(path).with_name(ADAPTER)
+    text = tensorfile.metadata(path).get(METADATA)
+    of_peft = text is None and any(name.startswith(_WRAPPED) for name in names)
+    if of_peft and not beside.is_file():
+        raise UserError(f"{path} is of PEFT, which keeps its scale in {ADAPTER}: put that file beside it")
     try:
-        if (text := tensorfile.metadata(path).get(METADATA)) is not None:
-            given = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in decode_json(text).items()}
-            settings = cast(_Settings, given)
-        elif any(name.startswith(_WRAPPED) for name in names):
-            beside = Path(path).with_name(ADAPTER)
-            if not beside.is_file():
-                raise UserError(f"{path} is of PEFT, which keeps its scale in {ADAPTER}: put that file beside it")
-            settings = decode_json(beside.read_text(encoding="utf-8"))
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"the settings of {path} are damaged ({error}); get the file again") from error
+        if of_peft:
+            with beside.open("rb") as stream:
+                given = documents.parse(documents.read(stream))
+        else:
+            given = documents.parse((text or "{}").encode(errors="replace"))
+            given = {re.sub(r"^(unet|transformer)\.", "", key): value for key, value in given.items()}
+        documents.require(given, "lora-settings")
+        settings = cast(_Settings, given)
+        for pattern in settings.get("alpha_pattern") or {}:
+            _require_plain(pattern)
+    except (documents.Unsound, OSError) as error:
+        raise UserError(f"the settings of {path} are damaged: the document {error}; get the file again") from error
     if settings.get("use_dora"):
         raise UserError(f"{path} is a DoRA, which scales whole weights: fuse it into the model before compiling")
     return settings
+
+
+_INVOLVED = re.compile(r"\)[*+?{]|([*+?{].*){4}")
+"""What may take for ever to match: repeated groups, and more than three repetitions."""
+
+
+def _require_plain(pattern: str) -> None:
+    """Unsound: the text is no regular expression, or a long or involved one, which no layers are named by."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise documents.Unsound(f"has an alpha_pattern '{pattern}' that is no regular expression ({error})") from error
+    if len(pattern) > 200 or _INVOLVED.search(pattern):
+        raise documents.Unsound(f"has an alpha_pattern '{pattern}' that is too involved: name the layers")

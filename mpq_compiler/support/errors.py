@@ -9,6 +9,8 @@ from typing import ClassVar
 
 MOST_NAMED = 24
 """Names that a hint lists at the most."""
+MOST_SAID = 1500
+"""Letters of a sentence, which may quote a name that is as long as a file; longer ones lose their middle."""
 
 
 class UserError(Exception):
@@ -23,8 +25,13 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         """The sentence in one line: what it quotes may hold lines, and codes that a terminal would obey."""
-        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in super().__str__())
+        text = _cut("".join(c if c.isprintable() else repr(c)[1:-1] for c in _cut(super().__str__())))
         return text if self.command_line else _OPTION.sub(_argument, text)
+
+
+def _cut(text: str) -> str:
+    """The text, or its beginning and its end."""
+    return text if len(text) <= MOST_SAID else f"{text[: MOST_SAID // 2]} ... {text[-MOST_SAID // 2 :]}"
 
 
 _OPTION = re.compile(r"`[^`]*`|(?<![\w-])--([a-z][a-z-]*)(?: ('[^']*'|-?[\d.]+\w*|[A-Z]+(?::[A-Z]+)?\b))?")

@@ -314,6 +314,12 @@ REFUSED = {
         {"c__lora_A_W": np.ones((2, 4, 1, 1), np.float16)},
         r"'conv_in' by \[16, 4, 1, 1\].*another model",
     ),
+    "nothing": ({"q__lora_A_W": HALF[:0], "q__lora_B_W": HALF[:0].T}, "are no factors of a weight"),
+    "no outputs": ({"q__lora_B_W": np.ones((0, 2), np.float16)}, r"up \[0, 2\] and down \[2, 16\] are no factors"),
+    "no alpha": ({"q__alpha": np.ones(0)}, r"alpha \[0\] is no number of 'unet\.attn\.to_q'"),
+    "alphas": ({"q__alpha": np.ones(2)}, r"alpha \[2\] is no number"),
+    "an alpha too large": ({"q__alpha": np.array(3e38), "q__lora_B_W": HALF.T * 9}, "alpha makes infinity of up"),
+    "beyond float32": ({"q__lora_A_W": HALF.astype(np.float64) * 1e300}, "NaN or infinity in down"),
     "a window above": ({"c__lora_B_W": np.ones((16, 2, 3, 3), np.float16)}, "are no factors of a weight"),
     "NaN": ({"q__lora_A_W": HALF * np.float16("nan")}, "is damaged: NaN or infinity in down"),
     "integers": ({"q__lora_A_W": HALF.astype(np.int32)}, "down is int32"),
@@ -357,8 +363,38 @@ def test_a_damaged_file_is_refused(artifact, tmp_path) -> None:
     dora = {lora_file.METADATA: json.dumps({"unet.use_dora": True})}
     with pytest.raises(UserError, match="is a DoRA"):
         artifact.load_lora(saved(tmp_path / "dora.safetensors", changed(), dora))
-    with pytest.raises(UserError, match=r"the settings of .* are damaged"):
-        artifact.load_lora(saved(tmp_path / "odd.safetensors", changed(), {lora_file.METADATA: "[1"}))
+
+
+SETTINGS = {
+    "[1": "is not JSON",
+    "[1]": "is no object",
+    '{"unet.lora_alpha": "8"}': "'lora_alpha' must be number",
+    '{"lora_alpha": 1e30}': "'lora_alpha' must be at most",
+    '{"alpha_pattern": ["to_q"]}': "'alpha_pattern' must be object",
+    '{"alpha_pattern": {"to_q": true}}': "'alpha_pattern.to_q' must be number",
+    '{"alpha_pattern": {"to_(q": 8}}': r"alpha_pattern 'to_\(q' that is no regular expression",
+    '{"alpha_pattern": {"(.*)*q": 8}}': r"alpha_pattern '\(\.\*\)\*q' that is too involved",
+    '{"alpha_pattern": {".*a.*b.*c.*d": 8}}': "that is too involved: name the layers",
+    '{"use_dora": 1}': "'use_dora' must be boolean",
+}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("text", SETTINGS)
+def test_damaged_settings_are_refused(artifact, tmp_path, text, beside) -> None:
+    tensors, metadata = changed(), {lora_file.METADATA: text}
+    if beside:
+        tensors = {name.replace("unet.", "base_model.model."): tensor for name, tensor in tensors.items()}
+        metadata = None
+        (tmp_path / lora_file.ADAPTER).write_text(text.replace("unet.", ""))
+    with pytest.raises(UserError, match=rf"settings of .* damaged: the document .*{SETTINGS[text]}.*get the file"):
+        artifact.load_lora(saved(tmp_path / "odd.safetensors", tensors, metadata))
+
+
+def test_an_alpha_that_is_no_number_is_refused(artifact, tmp_path) -> None:
+    text = {lora_file.METADATA: '{"lora_alpha": NaN}'}
+    with pytest.raises(UserError, match=r"alpha makes infinity of up of 'unet\.attn\.to_q'"):
+        artifact.load_lora(saved(tmp_path / "odd.safetensors", changed(), text))
 
 
 def test_what_is_of_a_text_encoder_is_left_out_by_a_word(artifact, tmp_path) -> None:

@@ -30,3 +30,10 @@ def test_hints_name_the_nearest_or_some() -> None:
     assert errors.nearest("x", ["b", "a"]) == "there is: a, b"
     assert errors.nearest("x", []) == "there is none"
     assert errors.nearest("x", [f"tensor{i:03}" for i in range(120)]).endswith("tensor023 and 96 more")
+
+
+@pytest.mark.parametrize("name", ["x" * 100_000, "\n" * 100_000])
+def test_what_is_quoted_does_not_flood(name: str) -> None:
+    said = str(UserError(f"a.safetensors holds '{name}'; get the file again"))
+    assert len(said) < errors.MOST_SAID + 10 and "\n" not in said
+    assert said.startswith("a.safetensors holds '") and said.endswith("'; get the file again") and " ... " in said
