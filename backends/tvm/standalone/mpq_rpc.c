@@ -45,7 +45,11 @@ static int here = -1; /* the folder of the connection, locked */
 static volatile sig_atomic_t stopped;
 static sigset_t unblocked; /* signals come only while something is waited for, so none is missed */
 
-static void stop(int number) { stopped |= number != SIGCHLD; }
+/* Reads nothing: between reading and writing, a page that a fork shares is copied, and a signal that came meanwhile would
+ * be forgotten. */
+static void stop(int number) {
+    if (number != SIGCHLD) stopped = 1;
+}
 
 static int64_t now(void) {
     struct timespec time;
