@@ -21,8 +21,8 @@ from typing import Any
 
 from benchmarks import documents
 from mpq_compiler.support import host
-from tests.fuzz import attacks, campaign, kills, soak
-from tests.fuzz.attacks import ATTACKS
+from tests.fuzz import campaign, kills, soak
+from tests.fuzz.attacks import ATTACKS, base_of
 from tests.harness.tree import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "trust.json"
@@ -50,7 +50,7 @@ def main() -> int:
             document["attacks"] = about | {"of": {name: _figures(outcome) for name, outcome in found.items()}}
             bad += sum(len(outcome.bad) for outcome in found.values())
         if args.soak:
-            wrong, memory = soak.soak(attacks.base_of("artifact, a folder", Path(scratch)) / "a.mpq", args.soak)
+            wrong, memory = soak.soak(base_of("artifact, a folder", Path(scratch)) / "a.mpq", args.soak)
             document["soak"] = about | {"calls": args.soak, "threads": 4, "wrong": wrong, "bytes": memory}
             print(f"{args.soak} calls from four threads: {wrong} wrong, memory {memory} bytes", flush=True)
             bad += wrong

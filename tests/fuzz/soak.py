@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mpq_compiler.runtime import compiled_denoiser
-from tests.fuzz.attacks import INPUTS
+from tests.fuzz.artifacts import INPUTS
 
 
 def resident() -> int:

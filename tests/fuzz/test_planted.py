@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from mpq_compiler import schemas
 from mpq_compiler.artifact import bundle, documents, signature, signing
+from mpq_compiler.runtime import rpc
 from mpq_compiler.runtime.tvm import VirtualMachine
 from mpq_compiler.support import cache, files, tensorfile
 from mpq_compiler.support.errors import UserError
-from tests.fuzz.attacks import ATTACKS, REFUSED, base_of, ran
+from tests.fuzz import requests
+from tests.fuzz.artifacts import ran
+from tests.fuzz.attack import REFUSED
+from tests.fuzz.attacks import ATTACKS, base_of
 from tests.harness import relax_artifact
 from tests.support import test_files
 
@@ -90,6 +95,15 @@ def a_limit_too_near(patch: Patch) -> None:
     patch.setattr(documents, "MOST_VALUES", documents.MOST_VALUES - 1)
 
 
+def no_schema_of_settings(patch: Patch) -> None:
+    patch.setattr(schemas, "check", lambda document, name: None)
+
+
+def no_bound_of_words(patch: Patch) -> None:
+    text = requests.source()
+    patch.setattr(requests, "source", lambda: text.replace("if (bytes >= LONGEST)", "if (bytes >= 4 * LONGEST)"))
+
+
 # -------------------------------------------------------------------------------------- what notices each of them
 
 
@@ -132,6 +146,12 @@ def bounded(bases: Path, scratch: Path) -> None:
             documents.parse(make(most + 1))
 
 
+def too_long(bases: Path, scratch: Path) -> None:
+    """A token that has no room in what it is compared in."""
+    requests.device(scratch)
+    assert requests.served(scratch, scratch, b"MPQ1" + rpc._text("x" * 9000)) == REFUSED
+
+
 FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[[Path, Path], None]]] = {
     "the hash of weights is not compared": (
         no_hash_of_weights, lambda bases, scratch: altered(scratch)
@@ -150,6 +170,10 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], Callable[[Path, Path], None]]] 
     "a lock is not taken": (no_lock, swept),
     "what was taken away is not put back": (no_way_back, put_back),
     "a signature is not checked": (no_signature, forged),
+    "settings of a LoRA are believed": (
+        no_schema_of_settings, lambda bases, scratch: attacked("LoRA", bases, scratch, 80)
+    ),
+    "a device believes how long a word is": (no_bound_of_words, too_long),
     "a limit of levels is off by one": (a_limit_too_far, bounded),
     "a limit of values is off by one": (a_limit_too_near, bounded),
 }  # fmt: skip
