@@ -103,6 +103,27 @@ def test_claims_show_the_seeds_that_both_have(results):
     assert (shown["default, dB"], shown["other, dB"], shown["image SQNR, dB"][:6]) == ("9.00", "0.00", "+10.00")
 
 
+def test_rivals_have_the_minutes_that_are_better_for_them(results):
+    """Longer training that makes images worse is not held against a recipe; a third one that is computed is shown."""
+    names = ("default", "mpq-dm", "mpq-dmv2", "dilatequant")
+    cells = quality_cells.cells_of(["emoji-dit"], ["W4A4"], names)
+    more = {"psnr_db": 1, "frechet_to_float": None, "frechet_resamples": None, "class_accuracy": None}
+    best = quality_cells.BEST_MINUTES
+    usual = {"default": 9.0, "mpq-dm": 5.0, "mpq-dmv2": 4.0, "dilatequant": 3.0}
+    for minutes, decibels in ((quality_cells.MINUTES, usual), (best, usual | {"default": 12.0, "mpq-dm": 4.5})):
+        for name, db in decibels.items():
+            if (name, minutes) != ("mpq-dmv2", best):
+                cell = Cell("emoji-dit", "W4A4", name, minutes, 0, CLAIM["images"])
+                results(cell, **row(10 ** (-db / 10), 0), image_sqnr_db=db, **more)
+    for cell in cells:
+        results(cell, image_sqnr_db=usual[cell.recipe], errors=[])
+    table = [dict(zip(quality_tables.CLAIM_HEADERS, line, strict=True)) for line in quality_tables.claimed(cells)]
+    columns = ("minutes", "best published", "its minutes", "of each seed")
+    assert [tuple(line[name] for name in columns) for line in table] == [
+        ("4", "mpq-dm", "4", "+4.00"), ("30", "mpq-dm", "4", "+7.00"), ("30", "dilatequant", "30", "+9.00"),
+    ]  # fmt: skip
+
+
 def test_minutes_gain_over_those_before(results):
     cells = quality_cells.cells_of(["emoji-dit"], ["W4A4"])
     ((untrained, usual, best),) = quality_tables.by_minutes(cells)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.fuzz import artifacts, documents, loras, programs, requests
+from tests.fuzz import artifacts, disks, documents, loras, programs, requests
 from tests.fuzz.attack import Attack, nothing
 
 
@@ -36,5 +36,6 @@ ATTACKS = {
     "C program, sanitized": Attack(programs.program, programs.programs, 0.5),
     "C program, coded weights": Attack(programs.coded_program, programs.streams, 0.5),
     "C program, tokens": Attack(programs.drawing, programs.tokens, 0.5),
+    "full disk": Attack(disks.compiled, disks.full, 0.05),
     "requests to a device": Attack(requests.device, requests.requests, 0.5),
 }

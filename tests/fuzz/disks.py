@@ -1,0 +1,51 @@
+"""An attack on compilations: the disk is full, as far as a limit of the size of files shows it."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+from unittest import mock
+
+from tests.fuzz.attack import REFUSED, RIGHT, TAKEN, said
+from tests.harness import tiny
+
+LARGEST = 1 << 20
+"""Bytes of a file that nothing here is larger than."""
+
+
+def compiled(folder: Path) -> None:
+    """A model, its artifact, and what the cache holds of it."""
+    tiny.save("dit", folder).rename(folder / "model")
+    assert _compile(folder, folder / "a.mpq", folder / "cache") == TAKEN
+    assert max(file.stat().st_size for file in folder.rglob("*")) < LARGEST
+
+
+def full(base: Path, scratch: Path, chance: random.Random) -> str:
+    """Files end at some size, with an error; afterwards the same is compiled with what the cache has."""
+    cache, artifact = scratch / "cache", scratch / "out" / "a.mpq"
+    artifact.parent.mkdir()
+    if chance.random() < 0.9:
+        shutil.copytree(base / "cache", cache)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (round(LARGEST ** chance.random()), limits[1]))
+    try:
+        how = _compile(base, artifact, cache)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    if how == REFUSED:
+        assert not [*artifact.parent.iterdir()], f"something is left: {[*artifact.parent.iterdir()]}"
+        assert _compile(base, artifact, cache) == TAKEN
+    assert _content(artifact) == _content(base / "a.mpq"), "the artifact is another"
+    return RIGHT if how == TAKEN else how
+
+
+def _compile(base: Path, artifact: Path, cache: Path) -> str:
+    with mock.patch.dict(os.environ, {"MPQ_CACHE": str(cache)}):
+        return said("compile", base / "model", "-o", artifact, "--pipeline", tiny.PIPELINE, "--jobs", "1")
+
+
+def _content(artifact: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in artifact.iterdir()}
