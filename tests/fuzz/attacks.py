@@ -36,6 +36,6 @@ ATTACKS = {
     "C program, sanitized": Attack(programs.program, programs.programs, 0.5),
     "C program, coded weights": Attack(programs.coded_program, programs.streams, 0.5),
     "C program, tokens": Attack(programs.drawing, programs.tokens, 0.5),
-    "full disk": Attack(disks.compiled, disks.full, 0.05),
+    "full disk": Attack(disks.compiled, disks.full, 0.1),
     "requests to a device": Attack(requests.device, requests.requests, 0.5),
 }
