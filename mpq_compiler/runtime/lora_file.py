@@ -195,7 +195,7 @@ def _scale(name: str, alpha: np.ndarray | None, rank: int, settings: _Settings) 
         return float(alpha.item()) / rank
     value = settings.get("lora_alpha")
     for pattern, other in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
+        if _ending(pattern).fullmatch(name):
             value = other
     if value is None:
         return 1.0
@@ -228,7 +228,7 @@ def _settings(path: str | os.PathLike[str], names: Iterable[str]) -> _Settings:
         documents.require(given, "lora-settings")
         settings = cast(_Settings, given)
         for pattern in settings.get("alpha_pattern") or {}:
-            _require_plain(pattern)
+            _ending(pattern)
     except (documents.Unsound, OSError) as error:
         raise UserError(f"the settings of {path} are damaged: the document {error}; get the file again") from error
     if settings.get("use_dora"):
@@ -240,11 +240,14 @@ _INVOLVED = re.compile(r"\)[*+?{]|([*+?{].*){4}")
 """What may take for ever to match: repeated groups, and more than three repetitions."""
 
 
-def _require_plain(pattern: str) -> None:
-    """Unsound: the text is no regular expression, or a long or involved one, which no layers are named by."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise documents.Unsound(f"has an alpha_pattern '{pattern}' that is no regular expression ({error})") from error
+def _ending(pattern: str) -> re.Pattern[str]:
+    """The expression of names that end as a pattern says, from a name's beginning or from behind a dot.
+
+    Unsound: the pattern is no regular expression, or a long or involved one, which no layers are named by.
+    """
     if len(pattern) > 200 or _INVOLVED.search(pattern):
         raise documents.Unsound(f"has an alpha_pattern '{pattern}' that is too involved: name the layers")
+    try:
+        return re.compile(rf"(.*\.)?({pattern})")
+    except (re.error, OverflowError) as error:
+        raise documents.Unsound(f"has an alpha_pattern '{pattern}' that is no regular expression ({error})") from error

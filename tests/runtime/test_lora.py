@@ -375,6 +375,9 @@ SETTINGS = {
     '{"alpha_pattern": {"to_(q": 8}}': r"alpha_pattern 'to_\(q' that is no regular expression",
     '{"alpha_pattern": {"(.*)*q": 8}}': r"alpha_pattern '\(\.\*\)\*q' that is too involved",
     '{"alpha_pattern": {".*a.*b.*c.*d": 8}}': "that is too involved: name the layers",
+    '{"alpha_pattern": {"(?i)q": 8}}': "that is no regular expression",
+    '{"alpha_pattern": {"q{99999999999}": 8}}': "that is no regular expression",
+    '{"alpha_pattern": {"%s": 8}}' % ("(" * 10_000): "that is too involved",
     '{"use_dora": 1}': "'use_dora' must be boolean",
 }
 
