@@ -8,12 +8,9 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from mpq_compiler.support.errors import UserError
 from tests.harness import mutants
@@ -76,13 +73,3 @@ def mutant_of(file: Path, chance: random.Random) -> bytes:
         ((_, mutant),) = mutants.mutants(chance.randrange(2**32), 1, content)
         return mutant
     return damaged(content, chance)
-
-
-def inputs(function: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Of a function of a manifest: random numbers, and ones where they are whole; two where any number may be."""
-    source, found = np.random.default_rng(0), {}
-    for value in function["inputs"]:
-        shape = [size or 2 for size in value["shape"]]
-        drawn = source.standard_normal(shape) if value["dtype"] == "float32" else np.ones(shape)
-        found[value["name"]] = drawn.astype(value["dtype"])
-    return found

@@ -14,8 +14,6 @@ from tests.harness import tiny
 
 LARGEST = 1 << 20
 """Bytes of a file that nothing here is larger than."""
-
-
 TARGETS = ("reference", "native")
 """One in which all is written by this process, and one whose kernels others compile, which takes seconds."""
 

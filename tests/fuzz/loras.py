@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mpq_compiler.latency.timing import random_inputs
 from mpq_compiler.runtime import compiled_denoiser, lora_file
 from mpq_compiler.support.errors import UserError
-from tests.fuzz.attack import RIGHT, TAKEN, inputs, mutant_of, sentence
+from tests.fuzz.attack import RIGHT, TAKEN, mutant_of, sentence
 from tests.harness import tiny
 from tests.harness.damage import changed, text_of
 
@@ -39,10 +40,10 @@ def branched(folder: Path) -> None:
         down = source.standard_normal((RANK, *rest)).astype(np.float16)
         up = source.standard_normal((outputs, RANK, *[1] * (len(rest) - 1))).astype(np.float16)
         name = "lora_unet_" + layer["name"].replace(".", "_")
-        kohya |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": np.float32(1)}
+        kohya |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": np.ones((), "f4")}
         name = "transformer." + layer["name"]
         diffusers |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    save_file({name: np.asarray(value) for name, value in kohya.items()}, folder / "kohya.safetensors")
+    save_file(kohya, folder / "kohya.safetensors")
     settings = {f"transformer.{name}": value for name, value in SETTINGS.items()}
     save_file(diffusers, folder / "diffusers.safetensors", {lora_file.METADATA: json.dumps(settings)})
     peft = {name.replace("transformer.", "base_model.model."): value for name, value in diffusers.items()}
@@ -118,4 +119,4 @@ def _drawn(base: Path, lora: Path | None) -> np.ndarray | UserError:
                 artifact.load_lora(lora)
         except UserError as error:
             return error
-    return artifact.run(inputs(artifact.manifest["functions"][0]))
+    return artifact.run(random_inputs(artifact.manifest, 2))

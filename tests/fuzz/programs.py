@@ -11,11 +11,13 @@ from pathlib import Path
 from unittest import mock
 
 from mpq_compiler.artifact import bundle
-from tests.fuzz.attack import REFUSED, RIGHT, TAKEN, inputs
+from tests.fuzz.attack import REFUSED, RIGHT, TAKEN
 from tests.harness import mutants, tiny
 from tests.harness.damage import ODD, damaged
 
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", "-std=c11")
+SANITIZED = {"ASAN_OPTIONS": "detect_leaks=0"}
+"""The environment of such a program: its end is what frees its memory."""
 
 
 def program(folder: Path) -> None:
@@ -32,6 +34,7 @@ def _program(folder: Path, pipeline: str) -> None:
     from mpq_compiler.artifact import signing
     from mpq_compiler.driver.compile import compile_denoiser
     from mpq_compiler.frontend import denoiser
+    from mpq_compiler.latency.timing import random_inputs
     from mpq_compiler.support import tensorfile
 
     made = compile_denoiser(
@@ -42,9 +45,9 @@ def _program(folder: Path, pipeline: str) -> None:
     sources = [str(folder / "a.mpq" / name) for name in names]
     command = ["gcc", *SANITIZE, *sources, "-lpthread", "-lm", "-o", str(folder / "run")]
     subprocess.run(command, check=True, capture_output=True)
-    function = bundle.read_manifest(folder / "a.mpq")["functions"][0]
+    manifest = bundle.read_manifest(folder / "a.mpq")
     with (folder / "inputs").open("wb") as stream:
-        tensorfile.save(stream, inputs(function))
+        tensorfile.save(stream, random_inputs(manifest, manifest["functions"][0]["batch"]))
     signing.new_key(folder / "k.pem")
     signing.sign(folder / "a.mpq", signing.private_key(folder / "k.pem"))
     (folder / "key").write_text(signing.private_key(folder / "k.pem").public_key().public_bytes_raw().hex())
@@ -145,9 +148,8 @@ def _runs(base: Path, scratch: Path, instead: dict[str, bytes], output: Path, ow
 
 def _ended(*command: object) -> str:
     """How a program with sanitizers ends. AssertionError: it crashed, or said no sentence."""
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}  # its end is what frees its memory
     done = subprocess.run(
-        [*map(str, command)], capture_output=True, env=environment, timeout=60, preexec_fn=free_of_limits
+        [*map(str, command)], capture_output=True, env=os.environ | SANITIZED, timeout=60, preexec_fn=free_of_limits
     )  # fmt: skip
     said = done.stderr.decode(errors="replace")
     assert done.returncode in (0, 1), (done.returncode, said[:600])

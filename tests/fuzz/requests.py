@@ -13,10 +13,12 @@ from pathlib import Path
 from mpq_compiler.backends.tvm import standalone
 from mpq_compiler.runtime import rpc
 from tests.fuzz.attack import REFUSED, RIGHT, TAKEN
-from tests.fuzz.programs import SANITIZE, free_of_limits
+from tests.fuzz.programs import SANITIZE, SANITIZED, free_of_limits
 from tests.harness.damage import damaged
 
 TOKEN = "a secret of many letters"
+SCRIPT = b"#!/bin/true\n" + bytes(200)
+"""A program: nothing that is damaged in it does anything."""
 QUIET_S, PATIENCE_S = 0.3, 30.0
 NAMES = ("script", "none", "", ".", "..", "../x", "/etc/passwd", ".hidden", "-rf", "a b", "x" * 4095, "x" * 4096, "\0")
 NUMBERS = (0, 1, 2, 64, 65, 4095, 4096, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1)
@@ -43,7 +45,7 @@ def served(base: Path, scratch: Path, sent: bytes) -> str:
     with subprocess.Popen(
         [str(base / "mpq_rpc"), "--port", "0", "--folder", str(scratch / "device")], text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=free_of_limits,
-        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0", rpc.TOKEN: TOKEN},  # its end is what frees its memory
+        env=os.environ | SANITIZED | {rpc.TOKEN: TOKEN},
     ) as server:  # fmt: skip
         try:
             assert server.stdout is not None
@@ -63,9 +65,8 @@ def served(base: Path, scratch: Path, sent: bytes) -> str:
 
 def _sent(chance: random.Random | None = None) -> bytes:
     """The token, a program, its run, and the program back; where there is chance one or two values are others."""
-    script = b"#!/bin/true\n" + bytes(200)  # nothing that is damaged in it does anything
     values: list[str | int | bytes] = [
-        b"MPQ1", TOKEN, b"P", "script", len(script), script, b"R", 2, "script", "two words", b"G", "script",
+        b"MPQ1", TOKEN, b"P", "script", len(SCRIPT), SCRIPT, b"R", 2, "script", "two words", b"G", "script",
     ]  # fmt: skip
     for _ in range(chance.choice([1, 1, 2]) if chance else 0):
         assert chance is not None
@@ -78,11 +79,11 @@ def _sent(chance: random.Random | None = None) -> bytes:
         if isinstance(value, int):
             found += struct.pack("<Q" if place == 4 else "<I", value)
         else:
-            found += value if isinstance(value, bytes) else struct.pack("<I", len(value)) + value.encode()
+            found += value if isinstance(value, bytes) else rpc._text(value)
     return found
 
 
-_WHOLE = b"\0" + b"\0" + b"\0" + bytes(8) + b"\0" + struct.pack("<Q", 212) + b"#!/bin/true\n" + bytes(200)
+_WHOLE = b"\0" + b"\0" + b"\0" + bytes(8) + b"\0" + struct.pack("<Q", len(SCRIPT)) + SCRIPT
 """The answers to what is not changed: the token, the file, the run with its exit code and what it printed, the file."""
 
 
