@@ -20,7 +20,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from benchmarks import documents, quality, quality_cells
 from benchmarks.quality_cells import write
@@ -115,6 +115,17 @@ class Row(quality_cells.Cell):
     """A recipe with one part changed."""
 
     part: str = ""
+    program: ClassVar[str] = "benchmarks.ablation"
+
+    @property
+    def whole(self) -> quality_cells.Cell:
+        """The cell of `benchmarks.quality` that it is compared with."""
+        return quality_cells.Cell(self.model, self.setting, self.recipe, self.minutes, self.seed, self.images)
+
+    @property
+    def asked(self) -> list[str]:
+        given = [*super(Row, replace(self, seed=0)).asked, f"--part={self.part}"]
+        return [*given, f"--seeds={self.seed + 1}"] if self.seed else given
 
     @property
     def name(self) -> str:
@@ -134,7 +145,7 @@ class Row(quality_cells.Cell):
     @property
     def file(self) -> Path:
         if not self.part:
-            return quality_cells.Cell(self.model, self.setting, self.recipe, self.minutes, self.seed, self.images).file
+            return self.whole.file
         text = f"{sorted(asdict(self).items())} {json.dumps(self.made, sort_keys=True)}"
         name = self.part.strip("+ ").replace(" ", "-").lower()
         return RESULTS / f"{self.model}-{self.setting}-{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.json"
@@ -153,7 +164,7 @@ def compared(rows: list[Row]) -> list[list[str]]:
     lines, known = [], {replace(row, part="", seed=0) for row in rows if row.part and row.result()}
     for part in dict.fromkeys(replace(row, seed=0) for row in rows):
         seeds = [row for row in rows if replace(row, seed=0) == part]
-        both = [(row.result(), replace(row, part="").result()) for row in seeds]
+        both = [(row.result(), row.whole.result()) for row in seeds]
         pairs = [(found, whole) for found, whole in both if found and whole]
         if not pairs or replace(part, part="") not in known:
             continue
@@ -171,7 +182,7 @@ HEADERS = (
 )  # fmt: skip
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=quality_cells.MODELS, default=list(quality_cells.MODELS)[:1])
     parser.add_argument("--setting", nargs="+", choices=quality_cells.SETTINGS, default=list(SETTINGS))
@@ -183,23 +194,33 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="of calibration and training (%(default)s)")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--docs", type=Path, help="write the results into this file, between the marks")
-    options = parser.parse_args()
+    return parser
+
+
+def rows_of(options: argparse.Namespace) -> list[Row]:
+    """The rows that are asked for, and those of the whole recipe."""
     parts = options.part or list(PARTS[options.recipe])
-    if unknown := set(parts) - PARTS[options.recipe].keys():
-        names = ", ".join(PARTS[options.recipe])
-        parser.error(f"{options.recipe} has no part {sorted(unknown)[0]}: choose from {names}")
-    rows = [
+    return [
         Row(model, setting, options.recipe, options.minutes, seed, options.images, part)
         for model in options.model
         for setting in options.setting
         for part in ("", *parts)
         for seed in range(options.seeds)
     ]
+
+
+def main() -> None:
+    parser = arguments()
+    options = parser.parse_args()
+    if unknown := set(options.part or ()) - PARTS[options.recipe].keys():
+        names = ", ".join(PARTS[options.recipe])
+        parser.error(f"{options.recipe} has no part {sorted(unknown)[0]}: choose from {names}")
+    rows = rows_of(options)
     missing = [row for row in rows if not row.file.exists()]
     print(f"{len(rows) - len(missing)} of {len(rows)} rows are there", flush=True)
     for row in missing if options.all else ():
         print(f"{row.name} ...", flush=True)
-        found = quality.compute(row, options.jobs).rows[0]
+        found = quality.compute(row if row.part else row.whole, options.jobs).rows[0]
         write(row.file, found)
         print(f"{row.name}: {found['image_sqnr_db']:.2f} dB in {found['seconds'] / 60:.1f} minutes", flush=True)
     lines = compared(rows)

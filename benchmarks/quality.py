@@ -163,7 +163,9 @@ def compute(cell: Cell, jobs: int, counts: Sequence[int] = (), budget: Budget | 
     for count in counts:
         first = [images[:count] for images in pictures]
         labels = None if conditions.labels is None else conditions.labels[:count]
-        rows.append({"cell": asdict(replace(cell, images=count)), **known, **_judged(first, features, labels)})
+        judged = replace(cell, images=count)
+        about = {"cell": asdict(judged), **known, "command": judged.command}
+        rows.append({**about, **_judged(first, features, labels)})
         if samplers and count == cell.images:
             rows[-1]["samplers"] = samplers
     return Outcome(rows, [images[:STRIP] for images in pictures] if cell.strip else [])
@@ -234,23 +236,28 @@ def keep(cell: Cell, found: Outcome | str) -> None:
     print(f"{cell.name}: {first['image_sqnr_db']:.2f} dB in {first['seconds'] / 60:.1f} minutes", flush=True)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=(*JUDGED, *MODELS))
     parser.add_argument("--setting", nargs="+", choices=SETTINGS)
     parser.add_argument("--recipe", nargs="+", choices=COMPARED)
     parser.add_argument("--all", action="store_true", help="compute what is missing; of everything: then --write too")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of training in each cell ({MINUTES:g})")
+    parser.add_argument("--seed", type=int, default=0, help="of calibration and training (%(default)s)")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"to judge by ({IMAGES})")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument(
         "--distributed", metavar="ADDRESS", help="a Ray cluster whose CPUs compute a cell each (docs/scale.md)"
     )
     parser.add_argument("--write", action="store_true", help=f"tables and pictures, of docs/{DOCUMENT.name}")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = arguments().parse_args()
     whole = not (options.model or options.setting or options.recipe)
     models = options.model or (*JUDGED, *MODELS)
-    cells = cells_of(models, options.setting, options.recipe, options.minutes, options.images)
+    cells = cells_of(models, options.setting, options.recipe, options.minutes, options.seed, options.images)
     with clusters.connected(options.distributed if options.all else None, SHIPPING, options.jobs) as cluster:
         complete("cells", cells, options.all, options.jobs, cluster)
         if whole or not options.all:

@@ -7,10 +7,11 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from mpq_compiler.driver import lower
 from mpq_compiler.driver import options as driver_options
@@ -90,6 +91,7 @@ class Cell:
     minutes: float = MINUTES
     seed: int = 0
     images: int = IMAGES
+    program: ClassVar[str] = "benchmarks.quality"
 
     @property
     def name(self) -> str:
@@ -111,6 +113,20 @@ class Cell:
         """Of the first images side by side, where they are shown."""
         usual = Cell(next(iter(JUDGED)), SHOWN, self.recipe)
         return self.file.with_suffix(".png") if self == usual else None
+
+    @property
+    def asked(self) -> list[str]:
+        """Arguments that ask for this cell alone."""
+        given = [f"--{name}={getattr(self, name)}" for name in ("model", "setting", "recipe")]
+        for name, usual in (("minutes", MINUTES), ("seed", 0), ("images", IMAGES)):
+            if getattr(self, name) != usual:
+                given.append(f"--{name}={getattr(self, name):g}")
+        return given
+
+    @property
+    def command(self) -> str:
+        """What computes it, whichever process of whichever machine did."""
+        return shlex.join(["python", "-m", self.program, "--all", *self.asked])
 
     @property
     def is_there(self) -> bool:
@@ -155,11 +171,12 @@ def cells_of(
     settings: Sequence[str] | None = None,
     chosen: Sequence[str] | None = None,
     minutes: float = MINUTES,
+    seed: int = 0,
     images: int = IMAGES,
 ) -> list[Cell]:
     """Of every recipe, where none is chosen, at every setting of a model."""
     return [
-        Cell(model, setting, recipe, minutes, images=images)
+        Cell(model, setting, recipe, minutes, seed, images)
         for model in models
         for setting in settings or (MODELS | JUDGED)[model]
         for recipe in chosen or COMPARED

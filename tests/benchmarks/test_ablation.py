@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import pytest
 
 from benchmarks import ablation, quality_cells
@@ -36,3 +39,15 @@ def test_a_part_is_compared_by_the_seeds_that_the_whole_recipe_has_too(tmp_path,
     half, none = "-3.01 (-3.01 .. -3.01)", "+0.00 (+0.00 .. +0.00)"
     assert gptq[2:] == ["without GPTQ", "2", "-20.0", "20.5", half, "25.5", half]
     assert training[2:] == ["without training", "1", "20.0", "20.0", none, "25.0", none]
+
+
+def test_a_result_says_what_computes_it():
+    """With the rows that it is compared with, of fewer seeds."""
+    rows = [json.loads(path.read_text()) for path in ablation.RESULTS.glob("*.json")]
+    assert rows
+    later = Row("fashion-unet", "W4A4", "default", minutes=0, seed=2, images=50, part="several paths")
+    for command, row in [*((row["command"], Row(**row["cell"])) for row in rows), (later.command, later)]:
+        program, words = command.split(" --all ")
+        asked = ablation.rows_of(ablation.arguments().parse_args(shlex.split(words)))
+        assert program == "python -m benchmarks.ablation" and asked[-1] == row
+        assert {each.part for each in asked} == {"", row.part}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+import shlex
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -65,6 +67,20 @@ def test_the_best_published_recipe_is_that_of_as_many_images_as_a_claim_has(resu
     results(many["fpq"], image_sqnr_db=19, errors=[])
     results(many["mpq-dm"], image_sqnr_db=22, errors=[])
     assert quality_tables.best_other("fashion-unet", "W2A8", cells) == "mpq-dm"
+
+
+def test_a_result_says_what_computes_it_alone():
+    """Of every result that is here, whichever process computed it."""
+    rows = [json.loads(path.read_text()) for path in quality_cells.RESULTS.glob("*-W*.json")]
+    known = [(row, Cell(**row["cell"])) for row in rows if "errors" in row]
+    assert known
+    for row, cell in known:
+        *program, words = row["command"].split(" ", 3)
+        asked = quality.arguments().parse_args(shlex.split(words))
+        cells = quality_cells.cells_of(
+            asked.model, asked.setting, asked.recipe, asked.minutes, asked.seed, asked.images
+        )
+        assert program == ["python", "-m", "benchmarks.quality"] and asked.all and cells == [cell]
 
 
 def test_claims_are_about_judges(results):
