@@ -187,7 +187,7 @@ def claimed(cells: Sequence[Cell]) -> list[list[str]]:
             continue
         ours, theirs = zip(*both, strict=True)
         decibels = (statistics.mean(row["image_sqnr_db"] for row in rows) for rows in (ours, theirs))
-        by_seed = ", ".join(f"{paired([a], [b])[0]:+.2f}" for a, b in both)
+        by_seed = ", ".join(f"{paired([a], [b])[0]:+.2f}" for a, b in both) if len(both) > 1 else ""
         distance = paired_frechet(ours, theirs)
         distances = [""] * 3
         if distance:

@@ -111,12 +111,15 @@ def test_claims_show_the_seeds_that_both_have(results):
     for seed in range(2):
         for recipe, scale in {"default": 1.0, "mpq-dm": 10.0}.items():
             name = Cell("emoji-dit", "W4A4", recipe, quality_cells.BEST_MINUTES, seed, CLAIM["images"])
+            last = name, {**row(scale, 0, CLAIM["images"]), "image_sqnr_db": 10 - scale, **more}
             if (recipe, seed) != ("mpq-dm", 1):
-                results(name, **row(scale, 0, CLAIM["images"]), image_sqnr_db=10 - scale, **more)
-    (line,) = quality_tables.claimed(cells)
-    shown = dict(zip(quality_tables.CLAIM_HEADERS, line, strict=True))
-    assert (shown["minutes"], shown["best published"], shown["of each seed"]) == ("30", "mpq-dm", "+10.00")
-    assert (shown["default, dB"], shown["other, dB"], shown["image SQNR, dB"][:6]) == ("9.00", "0.00", "+10.00")
+                results(last[0], **last[1])
+    for each in ("", "+10.00, +10.00"):
+        (line,) = quality_tables.claimed(cells)
+        shown = dict(zip(quality_tables.CLAIM_HEADERS, line, strict=True))
+        assert (shown["minutes"], shown["best published"], shown["of each seed"]) == ("30", "mpq-dm", each)
+        assert (shown["default, dB"], shown["other, dB"], shown["image SQNR, dB"][:6]) == ("9.00", "0.00", "+10.00")
+        results(last[0], **last[1])
 
 
 def test_rivals_have_the_minutes_that_are_better_for_them(results):
@@ -134,8 +137,8 @@ def test_rivals_have_the_minutes_that_are_better_for_them(results):
     for cell in cells:
         results(cell, image_sqnr_db=usual[cell.recipe], errors=[])
     table = [dict(zip(quality_tables.CLAIM_HEADERS, line, strict=True)) for line in quality_tables.claimed(cells)]
-    columns = ("minutes", "best published", "its minutes", "of each seed")
-    assert [tuple(line[name] for name in columns) for line in table] == [
+    columns = ("minutes", "best published", "its minutes", "image SQNR, dB")
+    assert [tuple(line[name].split(" ")[0] for name in columns) for line in table] == [
         ("4", "mpq-dm", "4", "+4.00"), ("30", "mpq-dm", "4", "+7.00"), ("30", "dilatequant", "30", "+9.00"),
     ]  # fmt: skip
 
