@@ -23,8 +23,8 @@ from mpq_compiler.passes.distill import Distill
 from mpq_compiler.pipeline import recipes
 
 RESULTS = Path(__file__).parent / "results" / "quality"
-TIMES = RESULTS / "step_times.json"
-"""Of `benchmarks.step_times`."""
+COSTS = RESULTS / "step_costs.json"
+"""Of `benchmarks.step_costs`."""
 JUDGES = Path(__file__).parent / "results" / "judges"
 """The models on which no recipe was developed, and what is said of them."""
 SETTINGS = {

@@ -19,6 +19,7 @@ from benchmarks.quality_cells import (
     CLAIM,
     CLAIMED,
     COMPARED,
+    COSTS,
     JUDGED,
     MINUTES,
     OURS,
@@ -26,7 +27,6 @@ from benchmarks.quality_cells import (
     RIVALS,
     SAMPLERS,
     SETTINGS,
-    TIMES,
     Cell,
     float_strip,
     read,
@@ -275,22 +275,23 @@ def show(cells: list[Cell]) -> None:
             if name == "default" and best:
                 gain = f"{shown(paired([row], [rows[best]]))} dB to {best}"
             values = [_number(row[column], digits) for column, digits in COLUMNS.items()]
-            times = [f"{row['seconds'] / 60:.1f}", _step_ms(row)]
+            times = [f"{row['seconds'] / 60:.1f}", *_step(row)]
             lines.append([name, f"{row['true_bits']:.3f}", f"{row['sqnr_db']:.2f}", *values, *times, gain])
-        headers = ["recipe", "true bits", "sqnr_db", *COLUMNS, "minutes", "ms a step", "image SQNR, paired"]
+        headers = ["recipe", "true bits", "sqnr_db", *COLUMNS, "minutes", *STEP, "image SQNR, paired"]
         terminal.table(f"{model}, {setting}", headers, lines, numeric=range(1, len(headers) - 1))
 
 
 def markdown(cells: list[Cell]) -> str:
     """The results that are there, as a table for people."""
     headers = (
-        "model", "setting", "recipe", "true bits", "SQNR, dB", "images: SQNR, dB", "PSNR, dB", "Fréchet to float", "ms",
+        "model", "setting", "recipe", "true bits", "SQNR, dB", "images: SQNR, dB", "PSNR, dB", "Fréchet to float",
+        *STEP,
     )  # fmt: skip
     lines = []
     for cell in cells:
         if row := cell.result():
             parts = [f"{row['true_bits']:.2f}", *(f"{row[n]:.1f}" for n in ("sqnr_db", "image_sqnr_db", "psnr_db"))]
-            parts += [_number(row["frechet_to_float"], 2), _step_ms(row)]
+            parts += [_number(row["frechet_to_float"], 2), *_step(row)]
             lines.append([cell.model, cell.setting, f"`{cell.recipe}`", *parts])
     return documents.table(headers, lines)
 
@@ -340,16 +341,27 @@ def _images(strip: Path) -> np.ndarray:
     return levels.transpose(0, 3, 1, 2) / 127.5 - 1
 
 
+STATED = ("memory, MB", "bit operations, G")
+"""Of a step, by what the artifact says."""
+STEP = ("ms", *STATED)
+
+
+def stated(costs: Mapping[str, Any]) -> list[str]:
+    """Those columns of what `benchmarks.step_costs` found of a cell; blank where nothing was."""
+    of = ((costs.get(key), unit) for key, unit in (("peak_bytes", 1e6), ("bops", 1e9)))
+    return [_number(None if value is None else value / unit, 2) for value, unit in of]
+
+
 @functools.cache
-def _step_times() -> dict[str, Any]:
-    return read(TIMES)
+def _step_costs() -> dict[str, Any]:
+    return read(COSTS)
 
 
-def _step_ms(row: Mapping[str, Any]) -> str:
-    """Of all artifacts in one run (`benchmarks.step_times`), where they were timed."""
+def _step(row: Mapping[str, Any]) -> list[str]:
+    """`STEP` of a cell, where `benchmarks.step_costs` compared its artifact with the others."""
     cell = row["cell"]
-    timed = _step_times().get(cell["model"], {}).get(f"{cell['setting']} {cell['recipe']}")
-    return _number(timed and timed["ms"], 2)
+    found = _step_costs().get(cell["model"], {}).get(f"{cell['setting']} {cell['recipe']}", {})
+    return [_number(found.get("ms"), 2), *stated(found)]
 
 
 def _number(value: float | None, digits: int) -> str:

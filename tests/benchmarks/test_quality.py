@@ -163,6 +163,21 @@ def test_tables_of_documents_leave_columns_without_a_value_out():
     assert documents.table(("name", "none"), []) == "| name | none |\n| --- | --- |"
 
 
+def test_tables_have_what_a_step_costs_where_artifacts_were_compared(results, monkeypatch, tmp_path):
+    cells = quality_cells.cells_of(["emoji-dit"], ["W4A4"], ["default", "nearest"])
+    judged = {"true_bits": 4, "sqnr_db": 1, "image_sqnr_db": 2, "psnr_db": 3, "frechet_to_float": None}
+    for cell in cells:
+        results(cell, **row(1.0, 0), **judged)
+    monkeypatch.setattr(quality_tables, "COSTS", tmp_path / "costs.json")
+    taken = {"ms": 1.234, "wall_ms": 9.0, "peak_bytes": 4_560_000, "bops": None, "float_bops": None}
+    quality_cells.write(quality_tables.COSTS, {"emoji-dit": {"W4A4 default": taken}})
+    quality_tables._step_costs.cache_clear()
+    headers, _, *lines = quality_tables.markdown(cells).splitlines()
+    quality_tables._step_costs.cache_clear()
+    assert headers.endswith("| PSNR, dB | ms | memory, MB |")
+    assert sorted(line.split("| 3.0 ")[1] for line in lines) == ["|  |  |", "| 1.23 | 4.56 |"]
+
+
 def test_only_budgets_that_cannot_be_met_are_kept_as_refusals(results, monkeypatch, capsys):
     cell = Cell("fashion-unet", "W2A8", "fpq")
 

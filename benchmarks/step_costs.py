@@ -1,8 +1,9 @@
-"""Step times of the cells of `benchmarks.quality`, side by side in one run.
+"""What a step of the cells of `benchmarks.quality` costs: time, memory, bit operations, side by side in one run.
 
-    python -m benchmarks.step_times --artifacts build/cells    # compiles those that are not there yet, and times all
+    python -m benchmarks.step_costs --artifacts build/cells    # compiles those that are not there yet, and times all
 
 Training changes what is stored, not which kernels run: artifacts are compiled without it. One thread and one sample;
+bit operations and the memory that a call holds at most are those that an artifact states (docs/allocation.md). Of times
 in a round the artifacts of a model have their turns, each once more before it is timed, so that what the others have
 left in the caches does not count. Medians over the rounds, by CPU time and by wall time. The control is the first
 artifact of a model beside itself, loaded twice.
@@ -23,9 +24,10 @@ import numpy as np
 
 from benchmarks import quality, quality_cells
 from benchmarks.machine import provenance
+from benchmarks.quality_tables import STATED, stated
 from benchmarks.timing import interleaved, wall
 from mpq_compiler.api import compile
-from mpq_compiler.evaluation.painter import from_artifact
+from mpq_compiler.evaluation.painter import Painter, from_artifact
 from mpq_compiler.support import terminal
 
 ROUNDS = 40
@@ -46,9 +48,8 @@ def compiled(cells: Sequence[quality_cells.Cell], folder: Path, jobs: int) -> di
     return found
 
 
-def step(path: Path) -> Callable[[], object]:
+def step(painter: Painter) -> Callable[[], object]:
     """A call of an artifact with one sample, as its sampler calls it last."""
-    painter = from_artifact(path, threads=1)
     last: dict[str, np.ndarray] = {}
 
     def watched(**inputs: np.ndarray) -> np.ndarray:
@@ -60,13 +61,19 @@ def step(path: Path) -> Callable[[], object]:
     return lambda: painter.call(**last)
 
 
-def timed(artifacts: Mapping[str, Path]) -> dict[str, dict[str, float]]:
-    """Milliseconds of a step of each, and of the control."""
-    calls = {name: step(path) for name, path in artifacts.items()}
-    calls[CONTROL] = step(next(iter(artifacts.values())))
+def costs(artifacts: Mapping[str, Path]) -> dict[str, dict[str, float | None]]:
+    """Of a step of each, and of the control: milliseconds, the most bytes that it holds, bit operations."""
+    painters = {name: from_artifact(path, threads=1) for name, path in artifacts.items()}
+    painters[CONTROL] = from_artifact(next(iter(artifacts.values())), threads=1)
+    calls = {name: step(painter) for name, painter in painters.items()}
     clocks: dict[str, dict[str, Any]] = {"ms": {}, "wall_ms": {"seconds": wall}}
     times = {clock: interleaved(calls, rounds=ROUNDS, warm=True, **given) for clock, given in clocks.items()}
-    return {name: {c: round(statistics.median(of[name]) * 1e3, 4) for c, of in times.items()} for name in calls}
+    found: dict[str, dict[str, float | None]] = {}
+    for name, painter in painters.items():
+        assert painter.cost is not None
+        of = {clock: round(statistics.median(taken[name]) * 1e3, 4) for clock, taken in times.items()}
+        found[name] = {**of, **{key: painter.cost[key] for key in ("peak_bytes", "bops", "float_bops")}}
+    return found
 
 
 def main() -> None:
@@ -84,14 +91,14 @@ def main() -> None:
             model: compiled([cell for cell in cells if cell.model == model], folder, options.jobs)
             for model in options.model
         }
-        times = {model: timed(paths) for model, paths in artifacts.items()}
-    known = quality_cells.read(quality_cells.TIMES)
-    quality_cells.write(quality_cells.TIMES, known | {model: {**of, **provenance()} for model, of in times.items()})
-    for model, of in times.items():
+        found = {model: costs(paths) for model, paths in artifacts.items()}
+    known = quality_cells.read(quality_cells.COSTS)
+    quality_cells.write(quality_cells.COSTS, known | {model: {**of, **provenance()} for model, of in found.items()})
+    for model, of in found.items():
         first, control = (of[name] for name in (next(iter(of)), CONTROL))
-        lines = [[name, f"{row['ms']:.3f}", f"{row['wall_ms']:.3f}"] for name, row in of.items() if name != CONTROL]
+        lines = [[name, f"{row['ms']:.3f}", f"{row['wall_ms']:.3f}", *stated(row)] for name, row in of.items()]
         said = f"{model}: a step, one thread (control {control['ms'] / first['ms']:.3f})"
-        terminal.table(said, ["cell", "ms", "ms, wall"], lines, numeric=(1, 2))
+        terminal.table(said, ["cell", "ms", "ms, wall", *STATED], lines, numeric=(1, 2, 3, 4))
 
 
 if __name__ == "__main__":
