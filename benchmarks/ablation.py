@@ -124,6 +124,7 @@ class Row(quality_cells.Cell):
 
     @property
     def asked(self) -> list[str]:
+        """Arguments that ask for it, and for what it is compared with: rows are those of all seeds up to its own."""
         given = [*super(Row, replace(self, seed=0)).asked, f"--part={self.part}"]
         return [*given, f"--seeds={self.seed + 1}"] if self.seed else given
 
