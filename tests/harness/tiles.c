@@ -55,6 +55,10 @@ int mpq_tileloadd64(int8_t number, const uint8_t *memory, int64_t apart) {
   return 0;
 }
 
+int mpq_tileloaddt164(int8_t number, const uint8_t *memory, int64_t apart) {
+  return mpq_tileloadd64(number, memory, apart);
+}
+
 int mpq_tilestored64(int8_t number, uint8_t *memory, int64_t apart) {
   Tile *tile = configured(number);
   for (int row = 0; row < tile->rows; row++) memcpy(memory + row * apart, tile->of[row], (size_t)tile->bytes);

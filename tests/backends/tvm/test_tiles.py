@@ -246,7 +246,7 @@ def test_a_faulty_instruction_is_noticed(monkeypatch):
         problem = QuantMatmul.linear((32,), 64, 32)
         case = make_case(problem, 1, seed("fault"))
         (got,) = Kernels(isa, [problem]).run([(0, case)])
-        assert {"ldtilecfg", "tileloadd64", "tdpbusd", "tilestored64", "tilerelease"} == {*seen}
+        assert {"ldtilecfg", "tilezero", "tileloadd64", "tdpbusd", "tilestored64", "tilerelease"} == {*seen}
         wrong = np.argwhere(got != reference(case))
         assert len(wrong) and wrong[:, -2].max() < 16 and wrong[:, -1].max() < 16  # one tile of sums
 

@@ -61,9 +61,13 @@ def zero(t: int) -> None:
     emit("tilezero", _number(t))
 
 
-def load(t: int, buffer: Buffer, at: Index, apart: int) -> None:
-    """Loads the rows of a tile, the first from an index on, the others as many bytes apart; 0 makes all the same."""
-    emit("tileloadd64", _number(t), T.address_of(buffer[at]), tirx.IntImm("int64", apart))
+def load(t: int, buffer: Buffer, at: Index, apart: int, passing: bool = False) -> None:
+    """Loads the rows of a tile, the first from an index on, the others as many bytes apart; 0 makes all the same.
+
+    passing: what is read will be out of the first cache before it is read again, and is not to push others out
+    """
+    name = "tileloaddt164" if passing else "tileloadd64"
+    emit(name, _number(t), T.address_of(buffer[at]), tirx.IntImm("int64", apart))
 
 
 def save(t: int, buffer: Buffer, at: Index, apart: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import tvm
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
@@ -17,7 +18,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import Buffer, Buffers, I
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.control import quotient, when
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.gather import Rows
 from mpq_compiler.backends.tvm.kernels.cpu.gemm.schedule import Schedule
-from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block
+from mpq_compiler.backends.tvm.kernels.cpu.gemm.weights import Block, prefetch
 from mpq_compiler.backends.tvm.kernels.cpu.isa import Tile
 from mpq_compiler.backends.tvm.kernels.cpu.weight_layout import Segment
 from mpq_compiler.backends.tvm.kernels.problems.epilogue import Epilogue
@@ -56,11 +57,15 @@ class OfRow:
 
 @dataclass(frozen=True)
 class OfChannels:
-    """Bias of a register of channels; for each segment, what its sums and its activations' are multiplied by."""
+    """Bias of a register of channels; for each segment, what its sums and its activations' are multiplied by.
+
+    starts: what is added to the sums of each segment before that, in int32; none where they began with it
+    """
 
     bias: Expr
     factors: list[Expr]
     offsets: list[Expr]
+    starts: list[Expr]
 
 
 class Finish:
@@ -79,7 +84,8 @@ class Finish:
         own, found = self._of_row(summed, 0, 0), []
         for v in range(summed.tile.vectors):
             of = self._of_channels(summed, v, own)
-            found.append(OfChannels(T.bind(of.bias), [*map(T.bind, of.factors)], [*map(T.bind, of.offsets)]))
+            several = ([*map(T.bind, each)] for each in (of.factors, of.offsets, of.starts))
+            found.append(OfChannels(T.bind(of.bias), *several))
         return partial(self.row, summed, own=own, of=found)
 
     def row(
@@ -111,8 +117,10 @@ class Finish:
                     centred = vmath.fma(vmath.splat(minus_zero, lanes), self.b["sums"][span(n, lanes)], total)
                     total = vmath.fma(vmath.splat(own.scales[0], lanes), centred, y)
                 y = total
-            for (product, at), factor in zip(products, channels.factors, strict=True):
+            for j, ((product, at), factor) in enumerate(zip(products, channels.factors, strict=True)):
                 total = self.isa.folded(product[span(at + (i * tile.vectors + v) * self.isa.words, self.isa.words)])
+                if channels.starts:
+                    total = total + channels.starts[j]
                 total = tirx.Cast(f"float32x{lanes}", total)
                 y = vmath.fma(total, factor, y)
             for total, factor in zip(sums, channels.offsets, strict=True):
@@ -138,11 +146,7 @@ class Finish:
                 self._store_live(self.b["full"], y, at, live)
                 steps = steps[-1:]
             y = apply(replace(self.epilogue, steps=steps, keeps=False), y, load, own.quant)
-            if p.into is not None:
-                size, offset, row = p.into
-                sample = T.bind(quotient(m, p.rows))
-                at = sample * size + (m - sample * p.rows) * row + (n + offset)
-            self._store_live(self.b["out"], y, at, live)
+            self._store_live(self.b["out"], y, self._place(m, n), live)
 
         # In the last block, registers behind the output's last channel are not stored, one perhaps in part.
         inner = T.bool(True) if w.blocks == 1 else summed.block < w.blocks - 1
@@ -178,7 +182,30 @@ class Finish:
         factors = [vmath.mul(vmath.splat(a, lanes), b) for a, b in zip(row.scales, weights, strict=False)]
         of_sums = row.scales if self.p.has_offset else []
         offsets = [vmath.mul(vmath.splat(a, lanes), self.b["offset"][span(n, lanes)]) for a in of_sums]
-        return OfChannels(bias, factors, offsets)
+        starts: list[Expr] = []
+        if self.s.adds_starts:
+            starts = [self.b["start"][span(n + j * self.w.outputs, lanes)] for j in range(len(summed.products))]
+        return OfChannels(bias, factors, offsets, starts)
+
+    def ask(self, tile: Tile, block: Index, first: Index, r: Index, i: Index) -> None:
+        """Asks for the memory of row i of a tile, r of the chunk's row ``first``: results, and what epilogues read."""
+        m, count = T.bind(first + r + i), tile.vectors * self.isa.lanes
+        at = m * self.p.outputs + self.block.channel(0, block)
+        full = [f"operand{k}" for k, operand in enumerate(self.epilogue.operands) if operand.kind == "full"]
+        places = [(name, at) for name in (*full, *(["full"] if self.epilogue.keeps else []))]
+        for name, place in (*places, ("out", self._place(m, self.block.channel(0, block)))):
+            buffer = self.b[name]
+            line = 64 // tvm.DataType(buffer.dtype).itemsize
+            with T.unroll(0, -(-count // line)) as n:
+                prefetch(buffer, place + n * line, 2)
+
+    def _place(self, m: Index, n: Index) -> Index:
+        """Where the result of row m and channel n is stored."""
+        if self.p.into is None:
+            return m * self.p.outputs + n
+        size, offset, row = self.p.into
+        sample = T.bind(quotient(m, self.p.rows))
+        return sample * size + (m - sample * self.p.rows) * row + (n + offset)
 
     def _store_live(self, out: Buffer, value: Expr, at: Any, live: int) -> None:
         """Stores the first `live` lanes of `value`.

@@ -251,7 +251,7 @@ class Kernel:
         """
         segments = len(self.p.segments)
         if self.spread:
-            self.spread.begin()
+            self.spread.begin(self.block.number, self.rows.first_row, r)
         groups = self._groups(tile, r)
         size = tile.rows * tile.vectors * self.isa.words
         products: list[tuple[Buffer, Any]] = []
@@ -345,7 +345,7 @@ class Kernel:
         weights = self.block.weights(begin, None if t is None else begin, fresh)
         if self.isa.depth:
             tiles = self._in_tiles(tile, j, weights, ahead)
-            if p.late_zeros:
+            if p.late_zeros or self.s.adds_starts:
                 tiles.begin(j, r, None)
             elif not self._starts_differ:
                 tiles.begin(j, r, (self.b["start"], T.bind(j.index * w.outputs + self.block.channel(0)), 0))

@@ -25,6 +25,8 @@ RING_STEPS, NEAR_PANEL_BYTES = 4, 32 * 1024
 """Steps of tiles whose weights are unpacked where each tile of rows unpacks its own: where one is all that there is, or
 two would read a panel that fills the first cache twice.
 """
+FIRST_CACHE_BYTES = 48 * 1024
+"""Of all CPUs that have tiles of AMX. A block of more weights leaves nothing of itself there for the next tile of rows."""
 PIECES = 16
 """Pieces of work, at least, where there are so many tiles: then threads get equal parts, nearly."""
 
@@ -65,6 +67,8 @@ class Schedule:
     most_tiles, usual_tiles: of a chunk
     aligned:     steps that share bytes are always neighbours in a run
     waits:       a tile is finished while the next one is multiplied (`Spread`); of K-groups sums are scaled one by one
+    adds_starts: first values are added where sums are finished, in which vector units have the time: they begin with zeros
+    passing:     the weights of a block pass the first cache and are not to stay in it
     ring:        steps of registers that the panel of unpacked weights has, which are used again and again; 0 where it
                  has all of a block
     """
@@ -92,11 +96,13 @@ class Schedule:
         self._size_chunks()
         self._size_slices()
         self.waits = self.isa.amx and len(problem.segments) <= FEW_SEGMENTS
+        self.adds_starts = self.waits and not (problem.late_zeros or problem.dynamic or problem.groups > 1)
         self.ring = 0
         panel = self.w.steps * self.tile.vectors * self.isa.vector
         few = self.usual_tiles == 1 or (self.usual_tiles == 2 and panel > NEAR_PANEL_BYTES)
         if self.isa.amx and self.unpacks and few:
             self.ring = RING_STEPS * self.isa.tile_steps
+        self.passing = self.isa.amx and not self.ring and panel > FIRST_CACHE_BYTES
 
     def _size_chunks(self) -> None:
         """Sets most_rows, least_rows, pixels, parts and, for images, samples and bands of a chunk."""

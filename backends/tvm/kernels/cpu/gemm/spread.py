@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -37,8 +40,12 @@ class Spread:
         """Where the sums go that tiles hold when segment j begins."""
         return self.products, (j - 1) % self.segments * self.size
 
-    def begin(self) -> None:
-        """Reads what waits: then a tile may be multiplied."""
+    def begin(self, *coming: Index) -> None:
+        """Reads what waits: then a tile may be multiplied.
+
+        coming: block, first row of the chunk and row of the tile that will wait then
+        """
+        self.coming = coming
         block, first, row = (T.bind(self.cells[cell]) for cell in (BLOCK, FIRST, ROW))
         self.waits = block >= 0
         block = T.max(block, 0)  # channels of which are read even where none waits
@@ -53,18 +60,24 @@ class Spread:
         self.row = self.finish.of_tile(Summed(self.tile, products, None, group, block, first, row))
 
     def step(self, k: Index) -> None:
-        """Finishes the rows whose turn it is at step k of the first segment of the next tile."""
+        """Finishes the rows whose turn it is at step k of the first segment of the next tile.
+
+        Of those rows of the next tile, whose turn is a tile later, the memory is asked for: sums would wait for it where
+        other kernels have pushed it out of the second cache.
+        """
         first = k * self.each
 
-        def rows() -> None:
-            """Those, or as many as there are."""
+        def each(body: Callable[[Index], None]) -> None:
+            """Those rows, or as many as there are."""
             if self.each == 1:
-                self.row(first)
+                body(first)
                 return
             with T.serial(0, T.min(self.each, self.tile.rows - first)) as i:
-                self.row(first + i)
+                body(first + i)
 
-        when(tirx.all(self.waits, first < self.tile.rows), rows)
+        there = first < self.tile.rows
+        when(tirx.all(self.waits, there), partial(each, self.row))
+        when(there, partial(each, partial(self.finish.ask, self.tile, *self.coming)))
 
     def end(self, block: Index, first: Index, r: Index) -> None:
         """The tile that has been multiplied waits from now on."""

@@ -81,7 +81,7 @@ class TileAccumulation(InTiles):
                 for v in range(self.tile.vectors):
                     if half == 0:
                         apart = self.tile.vectors * self.isa.vector
-                        amx.load(amx.RIGHT[v], weights, begin + v * self.isa.vector, apart)
+                        amx.load(amx.RIGHT[v], weights, begin + v * self.isa.vector, apart, self.s.passing)
                     if before:
                         _save(half, v, self.tile, *before)
                         self._set(half, v)
