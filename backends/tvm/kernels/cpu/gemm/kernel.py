@@ -252,6 +252,9 @@ class Kernel:
         segments = len(self.p.segments)
         if self.spread:
             self.spread.begin(self.block.number, self.rows.first_row, r)
+        elif self.s.asks and t is not None:
+            with T.unroll(0, tile.rows) as i:
+                self.finish.ask(tile, self.block.number, self.rows.first_row, r + tile.rows, i)
         groups = self._groups(tile, r)
         size = tile.rows * tile.vectors * self.isa.words
         products: list[tuple[Buffer, Any]] = []
