@@ -6,7 +6,7 @@
 Everything runs interleaved, in rounds; a figure of a run is the median over the rounds of the process's CPU time, and
 what is told the median over the runs, with the least and the most. Each of our numerics is held against the best peer
 of its class: f32 against those that compute in float32, bf16 and int8 against those in bfloat16 (no peer has an
-attention in int8). Times include making keys and values ready. Peers read and write their own layout, without
+attention in int8), and against our own float32, which tiles (AMX) are to be four times as fast as. Times include making keys and values ready. Peers read and write their own layout, without
 transposes: onnxruntime [B, T, H*D] as ours, torch and OpenVINO [B, H, T, D]. `error` is the root mean square against
 float64, relative to that of the result, on Gaussian queries and keys whose logits have a standard deviation of 2.25: a
 hard case. With `--artifacts`, two of one model that differ in `--numerics`, a step of each is timed too: what the same
@@ -38,6 +38,7 @@ import tvm
 from benchmarks.machine import provenance
 from benchmarks.timing import interleaved
 from mpq_compiler.backends.tvm.kernels.cpu import attention, fast_attention
+from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, ISAS
 from mpq_compiler.backends.tvm.kernels.problems import fast_attention as problems
 from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.fast_attention import FastAttention, Ready
@@ -52,11 +53,13 @@ RESULTS = Path(__file__).parent / "results" / "attention.json"
 # (heads, dim, queries, keys): self-attention, then on a text of 77 tokens
 SHAPES = (
     *((8, 40, 4096, 4096), (8, 40, 1024, 1024), (8, 80, 1024, 1024), (8, 80, 256, 256), (8, 64, 256, 256)),
-    *((4, 64, 64, 64), (8, 128, 1024, 1024), (8, 40, 4096, 77), (8, 80, 1024, 77), (8, 64, 64, 77)),
+    *((8, 64, 1024, 1024), (8, 64, 4096, 4096), (4, 64, 64, 64), (8, 128, 1024, 1024), (8, 40, 4096, 77), (8, 80, 1024, 77), (8, 64, 64, 77)),
 )
 CLASSES = {"f32": "f32", "bf16": "bf16", "int8": "bf16"}
 """The peers that each of our numerics is held against, by the end of their names."""
 GOALS = {"f32": 1.0, "bf16": 1.1, "int8": 1.5}
+TILES = 4.0
+"""How many times as long as bf16 on tiles float32 is to take, for 1024 tokens and more."""
 Tensors = Sequence[np.ndarray]
 
 
@@ -150,10 +153,15 @@ def microseconds(calls: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 @dataclass(frozen=True)
 class Run:
-    """What one run has found: medians over the rounds, by name; of each of ours the best peer, its time over ours."""
+    """What one run has found: medians over the rounds, by name.
+
+    against: of each of ours the best peer, its time over ours
+    over:    of our fast ones the time of our float32 over theirs
+    """
 
     us: dict[str, float]
     against: dict[str, tuple[str, float]]
+    over: dict[str, float]
     errors: dict[str, float]
 
 
@@ -172,11 +180,15 @@ def measured(shape: tuple[int, ...], kinds: Sequence[str], target: targets.Targe
     times = microseconds(calls | peers(heads, operands), rounds)
     middle = {name: statistics.median(found) for name, found in times.items()}
     against = {}
+
+    def ratio(slow: str, fast: str) -> float:
+        return statistics.median(a / b for a, b in zip(times[slow], times[fast], strict=True))
+
     for kind in kinds:
         best = min((n for n in middle if n not in kinds and n.endswith(CLASSES[kind])), key=middle.__getitem__)
-        ratios = [theirs / own for theirs, own in zip(times[best], times[kind], strict=True)]
-        against[kind] = best, statistics.median(ratios)
-    return Run(middle, against, errors)
+        against[kind] = best, ratio(best, kind)
+    over = {kind: ratio("f32", kind) for kind in kinds if kind != "f32" and "f32" in kinds}
+    return Run(middle, against, over, errors)
 
 
 def row(shape: tuple[int, ...], runs: Sequence[Run]) -> dict[str, Any]:
@@ -192,6 +204,7 @@ def row(shape: tuple[int, ...], runs: Sequence[Run]) -> dict[str, Any]:
         peer = statistics.mode(run.against[kind][0] for run in runs)
         ratio = _over([run.against[kind][1] for run in runs], 3)
         made["against"][kind] = {"peer": peer, **ratio, "goal": GOALS[kind], "met": ratio["median"] >= GOALS[kind]}
+    made["over_f32"] = {kind: _over([run.over[kind] for run in runs], 3) for kind in runs[0].over}
     return made
 
 
@@ -242,7 +255,12 @@ def main() -> None:
                 advance(1)
     rows = [{"name": name, **row(shape, found[name])} for name, shape in shapes.items()]
     headers = ["us on one thread", *(h for kind in kinds for h in (kind, f"times (goal {GOALS[kind]:g})", "of", "met"))]
+    headers += [f"{kind} against f32" for kind in rows[0]["over_f32"]]
     terminal.table(f"attention, {target.name}", headers, [cells(made) for made in rows])
+    if ISAS[target.name].engine == AMX:
+        ratios = {m["name"]: m["over_f32"]["bf16"]["median"] for m in rows if m["keys"] >= 1024 and "bf16" in m["over_f32"]}
+        low = [name for name, ratio in ratios.items() if ratio < TILES]
+        print(f"bf16 on tiles below {TILES:g} x of f32, from 1024 tokens on: {', '.join(low) or 'none'}")
     whole = whole_models(options.artifacts, options.rounds) if options.artifacts else None
     if whole:
         print(", ".join(f"{name} {ms:.2f} ms" for name, ms in whole["ms"].items()), f"ratio {whole['ratio']:.3f}")
@@ -260,7 +278,7 @@ def cells(made: dict[str, Any]) -> list[str]:
         low, high = peer["spread"]
         times = f"{peer['median']:.2f} ({low:.2f}-{high:.2f})"
         found += [f"{made['us'][kind]['median']:.1f}", times, peer["peer"], "yes" if peer["met"] else "NO"]
-    return found
+    return [*found, *(f"{ratio['median']:.2f}" for ratio in made["over_f32"].values())]
 
 
 if __name__ == "__main__":

@@ -27,14 +27,16 @@ def describe(program: Program, made: Iterable[Row]) -> list[Row]:
 
     Returns:
         The descriptions, with ``layer`` (a parameter, or None), or layers ``beside``, and ``macs``, the
-        multiply-accumulates per sample. Where several calls stand for one node, the first has its multiplications.
+        multiply-accumulates per sample. Where several calls stand for one node, the last has its multiplications:
+        others make ready what it reads.
     """
     layers, work = _layers(program), _macs(program)
+    calls = [(call, [call["node"], *call.get("beside", ())]) for call in made]
+    last = {node: number for number, (_, nodes) in enumerate(calls) for node in nodes}
     rows: list[Row] = []
-    for call in made:
-        nodes = [call["node"], *call.get("beside", ())]
+    for number, (call, nodes) in enumerate(calls):
         beside = {"beside": [layers.get(node) for node in nodes[1:]]} if nodes[1:] else {}
-        macs = sum(work.pop(node, 0) for node in nodes)
+        macs = sum(work.get(node, 0) for node in nodes if last[node] == number)
         rows.append({**call, **beside, "layer": layers.get(nodes[0]), "macs": macs})
     return rows
 

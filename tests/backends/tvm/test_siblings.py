@@ -95,6 +95,16 @@ def test_the_schedule_knows_every_layer(plan):
     assert found[0] == found[1] and {*found[0][1]} == {*program.weights}
 
 
+def test_the_last_call_of_a_node_has_its_multiplications():
+    """What comes before makes ready what it reads, as fast attention does keys and values."""
+    program = packed.program("sd15", "int4").program
+    made = (node.name for node in program.graph.nodes if node.op.startswith("call"))
+    attention = next(name for name in made if "scaled_dot_product" in name)
+    calls = [{"node": attention, "kernel": kernel, "template": "fast_attention"} for kernel in ("ready", "products")]
+    ready, products = kernel_schedule.describe(program, calls)
+    assert not ready["macs"] and products["macs"]
+
+
 @pytest.mark.parametrize("what", ["input", "groups", "epilogue", "outputs", "weights"])
 def test_what_is_not_alike_stays_alone(plan, what):
     keys = named(plan, FIRST + "1_to_k")
