@@ -15,7 +15,7 @@ Cold matrix-vector products take each call other weights out of several times wh
 share is of the speed at which a loop of loads reads as many bytes. Of K-groups with one row, whose weights do not fit
 the first caches, `read` is how fast they are against such a loop: no kernel can be faster than it. With tiles (AMX) the
 peak is theirs, and goals are times that our kernels for AVX512-VNNI take, the same problems and formats, with codes as
-results. Rounds in which the peak was not reached by far are taken again: the other thread of the core was at work.
+results. Calls beside which the peak was not reached by far are made again: the other thread of the core was at work.
 """
 
 from __future__ import annotations
@@ -310,26 +310,37 @@ def cold(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Grou
 
 
 def quiet(group: Group, calls: Mapping[str, Call], rounds: int, best: dict[str, float]) -> dict[str, list[float]]:
-    """Seconds of each call in so many rounds, in which the pace was set at `QUIET` of its best at least.
+    """Seconds of each call in so many rounds, in which the paces before and behind it were `QUIET` of the best at least.
 
     The other thread of a core halves what tiles multiply, and registers hardly: whose neighbour is busy measures him.
+    He comes and goes several times a second, so that whole rounds without him are rare.
 
     best: the highest rates of paces so far, which this changes: the peak is one for all groups, reading is not.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
+    own = [name for name in calls if name != group.unit]
+    paces = [f"{group.unit}, {n}" for n in range(len(own) + 1)]
+    turns = {paces[0]: calls[group.unit]}
+    for name, behind in zip(own, paces[1:], strict=True):
+        turns |= {name: calls[name], behind: calls[group.unit]}
     which = group.unit if group.unit == "peak" else group.name
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in own}
+    """Of each round the slower of both paces, and the call's seconds."""
     for _ in range(TURNS):
-        for name, seconds in interleaved(calls, rounds, process=True).items():
-            times[name] += seconds
-        pace = [group.work[group.unit] / seconds for seconds in times[group.unit]]
-        best[which] = max(best.get(which, 0.0), *pace)
-        kept = [i for i, rate in enumerate(pace) if rate >= QUIET * best[which]]
-        if len(kept) >= rounds:
+        times = interleaved(turns, rounds, process=True)
+        for name, before, behind in zip(own, paces, paces[1:], strict=False):
+            found[name] += zip(map(max, times[before], times[behind]), times[name], strict=True)
+        fastest = min(seconds for pace in paces for seconds in times[pace])
+        best[which] = max(best.get(which, 0.0), group.work[group.unit] / fastest)
+        slowest = group.work[group.unit] / best[which] / QUIET
+        kept = {name: [each for each in of if each[0] <= slowest] for name, of in found.items()}
+        count = min(map(len, kept.values()))
+        if count >= rounds:
             break
     else:
-        terminal.say(f"{group.name}: {len(kept)} of {len(pace)} rounds were quiet, fewer than {rounds}")
-        kept = sorted(range(len(pace)), key=pace.__getitem__)[-rounds:]
-    return {name: [seconds[i] for i in kept] for name, seconds in times.items()}
+        terminal.say(f"{group.name}: {count} of {len(found[own[0]])} rounds were quiet, fewer than {rounds}")
+        kept, count = {name: sorted(of) for name, of in found.items()}, rounds
+    chosen = {name: [seconds for _, seconds in of[:count]] for name, of in kept.items()}
+    return {group.unit: [pace for pace, _ in kept[own[0]][:count]], **chosen}
 
 
 def figures(group: Group, times: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
