@@ -153,7 +153,8 @@ class _Prepare:
         w, isa, tiles = self.w, self.isa, self.b["tiles"]
         block, channel = i // w.block, i % w.block
         group, d = step // w.pack, step % w.pack
-        base = (group * w.tile.vectors + channel // isa.lanes) * w.pack_bytes
+        vector = channel // isa.lanes
+        base = (w.register(step, vector) if self.p.bits == 8 else group * w.tile.vectors + vector) * w.pack_bytes
         at = T.bind(base + isa.place(channel % isa.lanes, lane))
         if self.p.bits == 8:
             store(tiles, T.cast(code, "int8"), block, at)

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from tvm import tirx
+
 from mpq_compiler.backends.tvm.kernels.cpu.isa import SME, Isa, Tile
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul, vectors
@@ -38,10 +40,10 @@ class WeightLayout:
     """How weights lie in the memory of a kernel.
 
     Output channels come in blocks of `tile.vectors` registers of `isa.lanes` channels. Within a block
-    the order is [step of k][vector][lane][kpack], so that a step reads whole registers in a row. The K
+    the order is [step of k][vector][lane][kpack], so that a step reads whole registers in a row; where AMX
+    multiplies, [tile of k][vector][step][lane][kpack]: the 16 steps of a register that are one of its tiles. The K
     axis is, for each segment, [vertical tap][horizontal tap][channel], channels padded to a multiple of
-    kpack, or of the depth of tiles (activations are zero there, so the codes do not matter). The same bytes are the
-    tiles of a matrix engine: 16 steps of a register are one.
+    kpack, or of the depth of tiles (activations are zero there, so the codes do not matter).
 
     Below 8 bits, `pack` successive steps of one vector share bytes: byte e of the group holds the code of
     element e of step d at bit ``bits * d``; 3 bits are a plane of 2 bits (two byte vectors, the first for
@@ -132,6 +134,14 @@ class WeightLayout:
     def pack_bytes(self) -> int:
         """Bytes of one vector over one group of steps."""
         return self.isa.vector * self.pack * self.problem.bits // 8
+
+    def register(self, step: Any, vector: Any) -> Any:
+        """The number of a register of a step, in the order in which those of 8 bits, and unpacked ones, lie."""
+        if not self.isa.amx:
+            return step * self.tile.vectors + vector
+        depth = self.isa.tile_steps
+        tile = tirx.truncdiv(step, depth)
+        return (tile * (self.tile.vectors - 1) + vector) * depth + step
 
     def buffers(self) -> list[Argument]:
         """The buffers that `prepare` makes and `gemm` reads.

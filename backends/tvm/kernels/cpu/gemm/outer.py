@@ -53,7 +53,7 @@ class OuterAccumulation(InTiles):
 
     def end(self, product: Buffer, to: Index) -> None:
         """product[to ..] = the sums, int32 [tile.rows, tile.vectors, lanes]."""
-        weights, at = self.weights.place(0)
+        weights, at = self.weights.place(0, 0)
         ahead, _, apart = self.prefetched
         more = {} if self.first is None else {"first": self.first[:2]}
         if self.together > 1:

@@ -71,8 +71,8 @@ class TileAccumulation(InTiles):
         Each tile is loaded as late as it can be, so that products need not wait for all.
         """
         self._prefetch(k)
-        weights, begin = self.weights.place(k * self.steps)
-        begin = T.bind(begin)
+        registers = [self.weights.place(k * self.steps, v) for v in range(self.tile.vectors)]
+        places = [(weights, T.bind(begin)) for weights, begin in registers]
 
         def products(before: tuple[Buffer, Index] | None) -> None:
             """All products of the step. In the first one those of a tile need not wait for other tiles to be saved."""
@@ -80,8 +80,7 @@ class TileAccumulation(InTiles):
                 amx.load(amx.LEFT[half], self.rows.units, T.bind(self.starts[half] + offset), self.apart)
                 for v in range(self.tile.vectors):
                     if half == 0:
-                        apart = self.tile.vectors * self.isa.vector
-                        amx.load(amx.RIGHT[v], weights, begin + v * self.isa.vector, apart, self.s.passing)
+                        amx.load(amx.RIGHT[v], *places[v], self.isa.vector, self.s.passing)
                     if before:
                         _save(half, v, self.tile, *before)
                         self._set(half, v)

@@ -26,7 +26,7 @@ class Weights:
     Register v of step k of them is
 
     ``decoded(k - d, d, v)`` from the stored codes, where `fresh` is true, and then `keep` stores it for tiles to come;
-    ``ready(k, v)`` where it is not; then ``place(k)`` is where registers of the step begin. first: all are to be stored
+    ``ready(k, v)`` where it is not; then ``place(k, v)`` is where it begins. first: all are to be stored
     before the first is used.
     by_packs: k - d has to be a multiple of the steps that share bytes.
     """
@@ -37,7 +37,7 @@ class Weights:
     decoded: Callable[[Any, int, int], Expr]
     ready: Callable[[Any, Any], Expr]
     keep: Callable[[Expr, Any, int], None]
-    place: Callable[[Index], tuple[Buffer, Index]]
+    place: Callable[[Index, Index], tuple[Buffer, Index]]
 
     def unpack(self, steps: int, vectors: int, pack: int, begin: Index = 0) -> None:
         """Unpacks some steps of the weights, all before the first is used; ``pack`` steps share bytes."""
@@ -90,26 +90,26 @@ class Block:
             weights = codes if table is None else isa.look_up(table, codes)
             return weights if isa.weight == "int8" else tirx.Cast(f"{isa.weight}x{size}", weights)
 
-        def kept_at(k: Index) -> Index:
-            """Where step k is in the panel."""
-            step = tirx.truncmod(k, self.s.ring) if self.s.ring else kept + k
-            return step * vectors * size
+        def kept_at(k: Index, v: Index) -> Index:
+            """Where register v of step k is in the panel."""
+            return w.register(tirx.truncmod(k, self.s.ring) if self.s.ring else kept + k, v) * size
 
-        def place(k: Index) -> tuple[Buffer, Index]:
-            """The panel and where step k is in it, or where weights are stored as they are used."""
+        def place(k: Index, v: Index) -> tuple[Buffer, Index]:
+            """The panel and where register v of step k is in it, or where weights are stored as they are used."""
             if self.s.unpacks:
-                return self.panel, kept_at(k)
-            return self.b["tiles"], (begin + self.number * w.steps + k) * vectors * (size * self.p.bits // 8)
+                return self.panel, kept_at(k, v)
+            number = self.number * (w.steps * vectors) + w.register(begin + k, v)
+            return self.b["tiles"], number * (size * self.p.bits // 8)
 
         def ready(k: Any, v: Any) -> Expr:
             """Register v of step k."""
-            buffer, at = place(k)
-            return buffer[span(at + v * size, size)]
+            buffer, at = place(k, v)
+            return buffer[span(at, size)]
 
         def keep(weights: Expr, k: Any, v: int) -> None:
             """Stores register v of step k in the panel."""
             if kept is not None:
-                store(self.panel, weights, span(kept_at(k) + v * size, size))
+                store(self.panel, weights, span(kept_at(k, v), size))
 
         return Weights(fresh, first, by_packs, decoded, ready, keep, place)
 
