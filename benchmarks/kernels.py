@@ -310,7 +310,7 @@ def cold(target: Isa, only: str, wanted: Callable[[str], bool]) -> Iterator[Grou
 
 
 def quiet(group: Group, calls: Mapping[str, Call], rounds: int, best: dict[str, float]) -> dict[str, list[float]]:
-    """Seconds of each call in so many rounds, in which the paces before and behind it were `QUIET` of the best at least.
+    """Seconds of each call in so many rounds, where the paces before and behind it were `QUIET` of the best at least.
 
     The other thread of a core halves what tiles multiply, and registers hardly: whose neighbour is busy measures him.
     He comes and goes several times a second, so that whole rounds without him are rare.

@@ -11,6 +11,7 @@ from typing import Any
 
 from tvm import tirx
 
+from mpq_compiler.backends.tvm.kernels.common.template import Index
 from mpq_compiler.backends.tvm.kernels.cpu.isa import SME, Isa, Tile
 from mpq_compiler.backends.tvm.kernels.problems.argument import Argument
 from mpq_compiler.backends.tvm.kernels.problems.quant_matmul import FEW_SEGMENTS, QuantMatmul, vectors
@@ -135,7 +136,7 @@ class WeightLayout:
         """Bytes of one vector over one group of steps."""
         return self.isa.vector * self.pack * self.problem.bits // 8
 
-    def register(self, step: Any, vector: Any) -> Any:
+    def register(self, step: Index, vector: Index) -> Index:
         """The number of a register of a step, in the order in which those of 8 bits, and unpacked ones, lie."""
         if not self.isa.amx:
             return step * self.tile.vectors + vector

@@ -26,10 +26,10 @@ RING_STEPS, NEAR_PANEL_BYTES = 4, 32 * 1024
 two would read a panel that fills the first cache twice.
 """
 FIRST_CACHE_BYTES = 48 * 1024
-"""Of all CPUs that have tiles of AMX. A block of more weights leaves nothing of itself there for the next tile of rows."""
+"""Of all CPUs that have tiles of AMX. A block of more weights leaves nothing of itself there for the next rows."""
 ASKED_RESULTS = 32 * 1024
-"""Results of a sample, from which on kernels in registers ask for the memory of a tile while they multiply the one before:
-in a step other kernels have pushed it out of the second cache. Where it is near, asking takes a hundredth of a kernel.
+"""Results of a sample from which on kernels in registers ask for the memory of a tile while they multiply the one
+before: in a step other kernels have pushed it out of the second cache. Where it is near, asking takes a hundredth.
 """
 PIECES = 16
 """Pieces of work, at least, where there are so many tiles: then threads get equal parts, nearly."""
@@ -72,7 +72,7 @@ class Schedule:
     aligned:     steps that share bytes are always neighbours in a run
     waits:       a tile is finished while the next one is multiplied (`Spread`); of K-groups sums are scaled one by one
     asks:        tiles in registers ask for the memory that the next one is written to (measured on x86 alone)
-    adds_starts: first values are added where sums are finished, in which vector units have the time: they begin with zeros
+    adds_starts: first values are added where sums are finished, for which vector units have the time
     passing:     the weights of a block pass the first cache and are not to stay in it
     ring:        steps of registers that the panel of unpacked weights has, which are used again and again; 0 where it
                  has all of a block

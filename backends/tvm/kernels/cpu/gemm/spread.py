@@ -62,8 +62,8 @@ class Spread:
     def step(self, k: Index) -> None:
         """Finishes the rows whose turn it is at step k of the first segment of the next tile.
 
-        Of those rows of the next tile, whose turn is a tile later, the memory is asked for: sums would wait for it where
-        other kernels have pushed it out of the second cache.
+        Of those rows of the next tile, whose turn is a tile later, the memory is asked for: sums would wait for it
+        where other kernels have pushed it out of the second cache.
         """
         first = k * self.each
 
