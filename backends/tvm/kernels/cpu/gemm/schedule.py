@@ -26,7 +26,7 @@ RING_STEPS, NEAR_PANEL_BYTES = 4, 32 * 1024
 two would read a panel that fills the first cache twice.
 """
 FIRST_CACHE_BYTES = 48 * 1024
-"""Of all CPUs that have tiles of AMX. A block of more weights leaves nothing of itself there for the next rows."""
+"""Bytes of the first cache of CPUs that have tiles of AMX: a larger block of weights leaves nothing of itself there."""
 ASKED_RESULTS = 32 * 1024
 """Results of a sample from which on kernels in registers ask for the memory of a tile while they multiply the one
 before: in a step other kernels have pushed it out of the second cache. Where it is near, asking takes a hundredth.
