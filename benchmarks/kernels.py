@@ -323,8 +323,8 @@ def quiet(group: Group, calls: Mapping[str, Call], rounds: int, best: dict[str, 
     for name, behind in zip(own, paces[1:], strict=True):
         turns |= {name: calls[name], behind: calls[group.unit]}
     which = group.unit if group.unit == "peak" else group.name
+    # of each round the slower of both paces, and the call's seconds
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in own}
-    """Of each round the slower of both paces, and the call's seconds."""
     for _ in range(TURNS):
         times = interleaved(turns, rounds, process=True)
         for name, before, behind in zip(own, paces, paces[1:], strict=False):

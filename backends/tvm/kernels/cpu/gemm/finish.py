@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import tvm
-from tvm import tirx
+from tvm import DataType, tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
@@ -189,15 +188,13 @@ class Finish:
 
     def ask(self, tile: Tile, block: Index, first: Index, r: Index, i: Index) -> None:
         """Asks for the memory of row i of a tile, r of the chunk's row ``first``: results, and what epilogues read."""
-        m, count = T.bind(first + r + i), tile.vectors * self.isa.lanes
-        at = m * self.p.outputs + self.block.channel(0, block)
+        m, n = T.bind(first + r + i), self.block.channel(0, block)
         full = [f"operand{k}" for k, operand in enumerate(self.epilogue.operands) if operand.kind == "full"]
-        places = [(name, at) for name in (*full, *(["full"] if self.epilogue.keeps else []))]
-        for name, place in (*places, ("out", self._place(m, self.block.channel(0, block)))):
-            buffer = self.b[name]
-            line = 64 // tvm.DataType(buffer.dtype).itemsize
-            with T.unroll(0, -(-count // line)) as n:
-                prefetch(buffer, place + n * line, 2)
+        places = {name: m * self.p.outputs + n for name in (*full, *(["full"] if self.epilogue.keeps else []))}
+        for name, at in (places | {"out": self._place(m, n)}).items():
+            line = 64 // DataType(self.b[name].dtype).itemsize
+            with T.unroll(0, -(-tile.vectors * self.isa.lanes // line)) as number:
+                prefetch(self.b[name], at + number * line, 2)
 
     def _place(self, m: Index, n: Index) -> Index:
         """Where the result of row m and channel n is stored."""
