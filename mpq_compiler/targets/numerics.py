@@ -72,6 +72,8 @@ EXP2_COARSE = (0.05517162371997846, 0.24261111871702196, 0.6932609938289391, 0.9
 
 Its error is at most 7.5e-5, far below a step of 8 bits.
 """
+EXP2_ABOVE = (0.07802446, 0.22606725, 0.6958335, 0.9999252)
+"""Coefficients for 2^r on [0, 1): `EXP2_COARSE` of r - 1/2, times the root of 2."""
 
 
 def layer_bops(macs: int, weight_bits: int, activation_bits: int, branch_macs: int = 0) -> int:

@@ -49,6 +49,14 @@ class EmulatedIsa(Isa):
             total = total + left * tirx.shift_right(right, vmath.i32(24, count))
         return total
 
+    def fraction(self, x: Expr) -> Expr:
+        return x - tirx.floor(x)
+
+    def scaled(self, value: Expr, x: Expr) -> Expr:
+        whole = vmath.cast(tirx.floor(vmath.at_least(x, vmath.f32(-127.0, vmath.lanes(x)))), "int32")
+        bits = tirx.shift_left(whole + vmath.i32(127, vmath.lanes(x)), vmath.i32(23, vmath.lanes(x)))
+        return vmath.mul(value, vmath.as_float(bits))  # zeros for denormals
+
     def product(self, values: Expr, factor: Expr, most: int) -> Expr:
         return values * tirx.Broadcast(factor, self.lanes)
 

@@ -27,7 +27,7 @@ RESIDUAL = Epilogue((Step("add", operand=0),), (Operand("full"),))
 PROBLEMS = {
     "one block of each": FastAttention(16, 32, 2, 32),
     "halves of tiles": FastAttention(20, 32 + 96, 1, 96),
-    "blocks of 96 keys and fewer, an odd number of vectors": FastAttention(40, 224, 3, 64),
+    "several blocks of keys, the last smaller, an odd number of vectors": FastAttention(40, 224, 3, 64),
     "queries that are no whole vector, four vectors": FastAttention(61, 128, 1, 96, scale=0.3, epilogue=RESIDUAL),
     "several tiles of queries": FastAttention(150, 96, 2, 32),
     "a mask of queries and keys": FastAttention(20, 64, 2, 32, mask=("B", 2, 20, 64)),
@@ -68,6 +68,17 @@ def test_against_its_meaning(name: str, kind: str, tiles: str) -> None:
     problem = PROBLEMS[name]
     inputs = inputs_of(problem)
     assert error(_run(name, inputs, kind, tiles), meaning(problem, inputs, kind)) <= numerics.BOUNDS[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("grows", (True, False))
+def test_scores_that_grow_or_shrink_from_block_to_block(grows: bool, kind: str, tiles: str) -> None:
+    """So that the maximum which weights are relative to moves many times, or is far above all that comes."""
+    name = "several blocks of keys, the last smaller, an odd number of vectors"
+    inputs = inputs_of(PROBLEMS[name])
+    factors = np.geomspace(0.05, 20.0, PROBLEMS[name].keys, dtype=np.float32)
+    inputs[1] = inputs[1] * (factors if grows else factors[::-1])[None, :, None]
+    assert error(_run(name, inputs, kind, tiles), meaning(PROBLEMS[name], inputs, kind)) <= numerics.BOUNDS[kind]
 
 
 def test_eight_bits_are_those_of_registers(tiles: str) -> None:

@@ -90,12 +90,12 @@ class Body:
         tiles = -(-p.queries // width)
         with shares(batch, p.heads * tiles, p.queries * p.keys * p.channels / 32) as (b, begin, end):
             self.query = self.factors = scratch(p.dim * width)
-            self.score = scratch(KEYS * width)
+            self.score = scratch(self._block * width)
             self.out = scratch(p.dim * width)
             self.highest, self.total, self.rescale = (scratch(width) for _ in range(3))
             self.square = scratch(LANES * LANES)  # for transposition
             if self._full_mask:
-                self.mask_tile = scratch(KEYS * width)
+                self.mask_tile = scratch(self._block * width)
             quant = self.finish.quantizer(b)
             with T.serial(begin, end) as i:
                 h, tile = unravel(i, tiles)
@@ -103,8 +103,12 @@ class Body:
                 first = T.bind(T.max(T.min(tile * width, p.queries - width), 0))
                 self._load_queries(b, h, first)
                 self._clear()
-                self._each_key_block(lambda key, size: self._key_block(b, h, first, key, size))
+                self._key_blocks(b, h, first)
                 self._store(b, h, first, quant)
+
+    def _key_blocks(self, b: Index, h: Index, first: Index) -> None:
+        """Scores, weights and weighted values of all keys, for queries from the first on."""
+        self._each_key_block(lambda key, size: self._key_block(b, h, first, key, size))
 
     def _each_key_block(self, body: Callable[[Any, Any], None]) -> None:
         """Calls ``body(key, size)`` for blocks of keys: where it can, once, with a variable as size, for all of them.
@@ -119,6 +123,11 @@ class Body:
         with T.serial(0, full + 1) as i:
             key = i * KEYS
             body(key, T.bind(T.min(self.problem.keys - key, KEYS)))
+
+    @property
+    def _block(self) -> int:
+        """Keys of a block."""
+        return KEYS
 
     @property
     def _granule(self) -> int:
@@ -164,7 +173,7 @@ class Body:
         for j in range(self.vectors):
             store(new, self._first_maximum(j), self._at(0, j))
         if self._full_mask:
-            self._load_mask(b, h, first, key, size)
+            self._load_mask(b, h, first, key, size, range(self.vectors))
         self._all_scores(b, h, key, size, new)
         self._weights(size, new)
         self._all_values(b, h, key, size)
@@ -180,8 +189,9 @@ class Body:
         """Adds the weighted values of a block of keys to the output."""
         each_tile(self.problem.dim, self.dim_tile, lambda d, dims: self._values(b, h, key, size, d, dims))
 
-    def _load_mask(self, b: Any, h: Any, first: Any, key: Any, size: Any) -> None:
-        with T.serial(0, self.width) as i:
+    def _load_mask(self, b: Any, h: Any, first: Any, key: Any, size: Any, some: range) -> None:
+        """The mask of a block of keys for some vectors of queries, as scores lie."""
+        with T.serial(some.start * LANES, some.stop * LANES) as i:
             row = T.bind(self._query_row(first, i))
             with T.serial(0, size) as k:
                 store(self.mask_tile, self._mask(b, h, row, key + k), k * self.width + i)
@@ -242,16 +252,16 @@ class Body:
     def _logit(self, total: Any, j: int) -> Any:
         return total
 
-    def _rescale(self, new: Buffer) -> None:
-        """The factor that sums so far are multiplied by, as the maximum moves to `new`."""
-        for j in range(self.vectors):
+    def _rescale(self, new: Buffer, some: range) -> None:
+        """The factor that sums of some vectors so far are multiplied by, as their maximum moves to `new`."""
+        for j in some:
             at = self._at(0, j)
             store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - new[at]), at)
             store(self.highest, new[at], at)
 
     def _weights(self, size: Any, new: Buffer) -> None:
         """Scores to 2^(score - maximum), and their sum."""
-        self._rescale(new)
+        self._rescale(new, range(self.vectors))
         wide = span(0, self.width)
         total = scratch(self.width)
         store(total, mul(self.total[wide], self.rescale[wide]), wide)

@@ -264,6 +264,21 @@ class Isa:
             parts.append(tirx.call_llvm_pure_intrin(f"int32x{self.words}", name, *given))
         return _concatenated(parts)
 
+    @property
+    def scales(self) -> bool:
+        """Whether it has `fraction` and `scaled`."""
+        return self.lanes == 16  # AVX-512
+
+    def fraction(self, x: Expr) -> Expr:
+        """What some float32 are above the whole number below each (VREDUCEPS)."""
+        below = tirx.IntImm("int32", 1)
+        return _concatenated([_masked("reduce", part, below) for part in _parts(x, vmath.lanes(x) // self.lanes)])
+
+    def scaled(self, value: Expr, x: Expr) -> Expr:
+        """Some float32, each times 2 to the power of the whole number below x (VSCALEFPS)."""
+        parts = zip(*(_parts(v, vmath.lanes(v) // self.lanes) for v in (value, x)), strict=True)
+        return _concatenated([_masked("scalef", *part) for part in parts])
+
     def square(self, total: Expr, unsigned: Expr, signed: Expr) -> Expr:
         """Add the products of two rows of eight u8 and two of eight s8, in int32x4 each, to `total` (usmmla).
 
@@ -363,6 +378,13 @@ class Isa:
             parts = zip(*(_parts(x, self.vector // 16) for x in (table, indices)), strict=True)
             return _concatenated([tirx.call_llvm_pure_intrin("int8x16", self.shuffle, *part) for part in parts])
         return tirx.call_llvm_pure_intrin(signed, self.shuffle, table, indices)
+
+
+def _masked(name: str, *operands: Expr) -> Expr:
+    """An instruction of AVX-512 by LLVM's name, for all lanes, rounding as usual."""
+    every, rounding = tirx.IntImm("int16", -1), tirx.IntImm("int32", 4)
+    intrinsic = f"llvm.x86.avx512.mask.{name}.ps.512"
+    return tirx.call_llvm_pure_intrin("float32x16", intrinsic, *operands, vmath.f32(0.0, 16), every, rounding)
 
 
 def _element(vector: Expr, index: int) -> Expr:

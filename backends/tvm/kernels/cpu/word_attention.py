@@ -22,6 +22,7 @@ from tvm.script.ir_builder import tirx as T
 
 from mpq_compiler.backends.tvm.kernels.common import vmath
 from mpq_compiler.backends.tvm.kernels.common.template import (
+    Buffer,
     Buffers,
     Index,
     Registers,
@@ -295,20 +296,56 @@ class Words(Body):
         if rest:
             words(whole, rest)
 
-    def _weight_words(self, size: Index, weight: Callable[[Index], Expr], join: Callable[[list[Expr]], Expr]) -> None:
-        """`words` from ``weight(key)``, the weights of all queries for a key of the block."""
-        self.words = scratch(KEY_BLOCK // self._packed * self.width, "int32")
+    def _key_block(self, b: Index, h: Index, first: Index, key: Index, size: Index) -> None:
+        self._make_room()
+        super()._key_block(b, h, first, key, size)
+
+    def _make_room(self) -> None:
+        """Makes the buffers for what is of a block of keys alone."""
+        self.words = scratch(self._block // self._packed * self.width, "int32")
+
+    def _weights(self, size: Index, new: Buffer) -> None:
+        every = range(self.vectors)
+        self._begin_weights(new, every)
+        self._some_weights(0, size, every)
+        self._end_weights(size, every)
+
+    def _begin_weights(self, new: Buffer, some: range) -> None:
+        """Makes all ready for the weights of a block of keys and some vectors, whose maximum is ``new``."""
+        raise NotImplementedError
+
+    def _some_weights(self, start: Index, size: Index, some: range) -> None:
+        """Words of the weights of so many keys of the block, from one on that begins a word, and of some vectors."""
+        raise NotImplementedError
+
+    def _end_weights(self, size: Index, some: range) -> None:
+        """What is left to do when all weights of a block and some vectors are there."""
+
+    def _weight_words(
+        self,
+        start: Index,
+        size: Index,
+        some: range,
+        weight: Callable[[Index], Expr],
+        join: Callable[[list[Expr]], Expr],
+    ) -> None:
+        """`words` of so many keys from ``start`` on from ``weight(key)``, the weights of some vectors for a key."""
         whole, rest = divmod(size, self._packed) if isinstance(size, int) else (T.floordiv(size, self._packed), 0)
+        first = start // self._packed
 
         def words(word: Index, keys: int) -> None:
             joined = join([weight(word * self._packed + i) for i in range(keys)])
-            store(self.words, joined, span(word * self.width, self.width))
+            store(self.words, joined, self._those(word, some))
 
         if not isinstance(whole, int) or whole:
             with T.serial(0, whole) as word:
-                words(word, self._packed)
+                words(first + word, self._packed)
         if rest:
-            words(whole, rest)
+            words(first + whole, rest)
+
+    def _those(self, row: Index, some: range) -> Expr:
+        """Where some vectors that follow one another lie in a row of queries."""
+        return span(row * self.width + some.start * LANES, len(some) * LANES)
 
     def _products(
         self, b: Index, h: Index, key: Index, size: Index, d: Index, dims: int, start: Start, kind: str
@@ -342,23 +379,33 @@ class Bfloat16(Words):
     def _dot(self, key: Index, query: Expr, total: Expr) -> Expr:
         return bfloat16.dot(total, key, query)
 
-    def _weights(self, size: Index, new: Expr) -> None:
-        self._rescale(new)
-        wide = span(0, self.width)
-        store(self.total, mul(self.total[wide], self.rescale[wide]), wide)
+    def _power(self, x: Expr) -> Expr:
+        """2^x as `_power`, with fewer instructions where there are some for it."""
+        if not self.isa.scales:
+            return _power(x)
+        x = keep(x)
+        part = keep(self.isa.fraction(x))
+        return self.isa.scaled(vmath.polynomial(part, targets_numerics.EXP2_ABOVE), x)
+
+    def _begin_weights(self, new: Buffer, some: range) -> None:
+        self._rescale(new, some)
+        these = self._those(0, some)
+        store(self.total, mul(self.total[these], self.rescale[these]), these)
+
+    def _some_weights(self, start: Index, size: Index, some: range) -> None:
+        these, count = self._those(0, some), len(some) * LANES
 
         def weight(key: Index) -> Expr:
-            score = self.score[span(key * self.width, self.width)]
-            value = keep(_power(score - new[wide]))
-            store(self.total, self.total[wide] + value, wide)
-            return as_int(value) + i32(0x8000, self.width)  # to nearest: of ties, which are rare, all go up
+            value = keep(self._power(self.score[self._those(key, some)] - self.highest[these]))
+            store(self.total, self.total[these] + value, these)
+            return as_int(value) + i32(0x8000, count)  # to nearest: of ties, which are rare, all go up
 
         def join(values: list[Expr]) -> Expr:
-            low = tirx.shift_right(values[0], i32(16, self.width))  # weights are positive
-            high = [tirx.bitwise_and(value, i32(-0x10000, self.width)) for value in values[1:]]
+            low = tirx.shift_right(values[0], i32(16, count))  # weights are positive
+            high = [tirx.bitwise_and(value, i32(-0x10000, count)) for value in values[1:]]
             return tirx.bitwise_or(low, high[0]) if high else low
 
-        self._weight_words(size, weight, join)
+        self._weight_words(start, size, some, weight, join)
 
     def _weigh(self, total: Expr, weights: Expr, values: Expr) -> Expr:
         return bfloat16.dot(total, weights, values)
@@ -416,15 +463,23 @@ class Codes(Words):
             at = self._at(0, j)
             store(self.offset, self.offset[at] * i32(-128, LANES), at)
 
+    def _make_room(self) -> None:
+        super()._make_room()
+        self.scale, self.merge, self.shifted = (scratch(self.width) for _ in range(3))
+
     def _key_block(self, b: Index, h: Index, first: Index, key: Index, size: Index) -> None:
-        self.scale, self.merge = scratch(self.width), scratch(self.width)
-        for j in range(self.vectors):
+        self._make_room()
+        self._scale_block(b, h, key, range(self.vectors))
+        if self.signed:
+            self._sum_values(b, h, key, size)
+        Body._key_block(self, b, h, first, key, size)
+
+    def _scale_block(self, b: Index, h: Index, key: Index, some: range) -> None:
+        """The scales of the scores of the block that begins with a key, of some vectors of queries."""
+        for j in some:
             at = self._at(0, j)
             block = splat(self.buffers["k_scale"][b, h, key // KEY_BLOCK], LANES)
             store(self.scale, mul(self.query_scale[at], block), at)
-        if self.signed:
-            self._sum_values(b, h, key, size)
-        super()._key_block(b, h, first, key, size)
 
     def _sum_values(self, b: Index, h: Index, key: Index, size: Index) -> None:
         """The sums of the codes of the block's values times 128, of each dimension."""
@@ -464,41 +519,50 @@ class Codes(Words):
     def _logit(self, total: Expr, j: int) -> Expr:
         return mul(vmath.cast(total, "float32"), self.scale[self._at(0, j)])
 
-    def _rescale(self, new: Expr) -> None:
-        for j in range(self.vectors):
+    def _rescale(self, new: Buffer, some: range) -> None:
+        for j in some:
             at = self._at(0, j)
             highest = keep(larger(self.highest[at], new[at]))
             store(self.rescale, vmath.exp2_nonpositive(self.highest[at] - highest), at)
             store(self.merge, vmath.exp2_nonpositive(new[at] - highest), at)
             store(self.highest, highest, at)
 
-    def _weights(self, size: Index, new: Expr) -> None:
-        self._rescale(new)
-        wide = span(0, self.width)
-        shifted, part = scratch(self.width), scratch(self.width, "int32")
-        store(shifted, new[wide] - f32(log2(255), self.width), wide)
-        count = (size + self._packed - 1) // self._packed
-        lacking = count * (self._packed * self.isa.unsigned_excess)
-        store(part, splat(T.cast(lacking, "int32") if self.signed else T.int32(0), self.width), wide)
+    def _begin_weights(self, new: Buffer, some: range) -> None:
+        self._rescale(new, some)
+        these = self._those(0, some)
+        store(self.shifted, new[these] - f32(log2(255), len(some) * LANES), these)
+
+    def _some_weights(self, start: Index, size: Index, some: range) -> None:
+        these, width = self._those(0, some), len(some) * LANES
 
         def weight(key: Index) -> Expr:
-            score = self.score[span(key * self.width, self.width)]
-            return as_int(_power(score - shifted[wide]) + f32(MAGIC, self.width))
+            score = self._scores_at(self._those(key, some))
+            return as_int(_power(score - self.shifted[these]) + f32(MAGIC, width))
 
         def join(codes: list[Expr]) -> Expr:
             """The codes, 0 to 255 above the bits of MAGIC, shifted into place and added: none carries."""
             places = range(len(codes))
-            total = sum((tirx.shift_left(codes[i], i32(8 * i, self.width)) for i in places[1:]), codes[0])
-            return self._gathered(total - i32(_int32(sum(_MAGIC_BITS << 8 * i for i in places)), self.width))
+            total = sum((tirx.shift_left(codes[i], i32(8 * i, width)) for i in places[1:]), codes[0])
+            return self._gathered(total - i32(_int32(sum(_MAGIC_BITS << 8 * i for i in places)), width))
 
-        self._weight_words(size, weight, join)
+        self._weight_words(start, size, some, weight, join)
+
+    def _scores_at(self, at: Expr) -> Expr:
+        return self.score[at]
+
+    def _end_weights(self, size: Index, some: range) -> None:
+        """Adds their sums to the totals."""
+        part, these, width = scratch(self.width, "int32"), self._those(0, some), len(some) * LANES
+        count = (size + self._packed - 1) // self._packed
+        lacking = count * (self._packed * self.isa.unsigned_excess)
+        store(part, splat(T.cast(lacking, "int32") if self.signed else T.int32(0), width), these)
         with T.serial(0, count) as word:
-            for j in range(self.vectors):
+            for j in some:
                 ones = i32(0x01010101, LANES)
                 total = self.isa.dot_words(part[self._at(0, j)], self.words[self._at(word, j)], ones)
                 store(part, total, self._at(0, j))
-        summed = vmath.cast(part[wide], "float32")
-        store(self.total, fma(summed, self.merge[wide], mul(self.total[wide], self.rescale[wide])), wide)
+        summed = vmath.cast(part[these], "float32")
+        store(self.total, fma(summed, self.merge[these], mul(self.total[these], self.rescale[these])), these)
 
     def _weigh(self, total: Expr, weights: Expr, values: Expr) -> Expr:
         return self.isa.dot_words(total, weights, values)
@@ -617,8 +681,8 @@ class _Squares(Words):
             found.append(self._every(sums, i // 2, order) + start(i, 0))
         return found, [(i, 0) for i in range(dims)]
 
-    def _weights(self, size: Index, new: Expr) -> None:
-        super()._weights(size, new)
+    def _end_weights(self, size: Index, some: range) -> None:
+        super()._end_weights(size, some)
         self._pair_words(self.words, (size + self._packed - 1) // self._packed)
 
 
