@@ -34,9 +34,9 @@ import tvm_ffi
 from benchmarks.kernels import kernel, problems
 from benchmarks.machine import provenance
 from benchmarks.timing import wall
-from mpq_compiler.backends.tvm import templates
 from mpq_compiler.backends.tvm.compile import peak
 from mpq_compiler.backends.tvm.compile.link import compile_pool
+from mpq_compiler.backends.tvm.kernels.cpu import templates
 from mpq_compiler.backends.tvm.kernels.cpu.isa import ISAS, isa
 from mpq_compiler.backends.tvm.kernels.problems.attention import Attention
 from mpq_compiler.backends.tvm.kernels.problems.norms import GroupNorm, LayerNorm

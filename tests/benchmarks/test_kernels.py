@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 from benchmarks import kernels
-from benchmarks.kernels import Group, figures, quiet
+from benchmarks.kernels import Group, figures, known_peak, quiet
 
 GROUP = Group("linear", {"w8": print}, {"w8": 8.0, "peak": 16.0}, "peak", {"other": print})
 CALLS = {"peak": print, "w8": print, "other": print}
@@ -35,3 +37,10 @@ def test_who_is_always_busy_is_told(monkeypatch, capsys) -> None:
     times = quiet(GROUP, CALLS, 2, {"peak": 30.0})
     assert times["w8"] == [2.0, 2.0]  # the quietest
     assert f"linear: 0 of {2 * kernels.TURNS} rounds were quiet, fewer than 2" in capsys.readouterr().out
+
+
+def test_the_peak_of_earlier_runs_is_that_of_the_same_cpu(tmp_path) -> None:
+    report = tmp_path / "kernels.json"
+    assert known_peak(report, "Xeon") == 0
+    report.write_text(json.dumps({"cpu": "Xeon", "peak_gmacs": [1100.0, 2250.0]}))
+    assert (known_peak(report, "Xeon"), known_peak(report, "EPYC")) == (2.25e12, 0)
