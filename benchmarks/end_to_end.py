@@ -120,11 +120,14 @@ def compiled(source: str, name: str, folder: Path, jobs: int) -> tuple[Path, flo
     return path, time.perf_counter() - start
 
 
-def measure(name: str, folder: Path, runs: int, rounds: int, against: list[str], jobs: int) -> dict[str, Any]:
-    """The document of a model: its artifacts, every run, and the ratios."""
+def measure(
+    name: str, folder: Path, chosen: list[str], runs: int, rounds: int, against: list[str], jobs: int
+) -> dict[str, Any]:
+    """The document of a model: the artifacts that are chosen, every run, and the ratios."""
     source = save(name, folder)
     paths, seconds = [], {}
-    for ours, (_, _, target) in OURS.items():
+    for ours in chosen:
+        target = OURS[ours][2]
         if target == targets.resolve("native").name or targets.missing_features(targets.resolve(target)):
             continue  # is there, or does not run here
         path, seconds[ours] = compiled(source, ours, folder, jobs)
@@ -148,21 +151,25 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     speedup = {name: ratio(name, "mpq") for name in names if name != "mpq"}
     eights = [name for name in INT8 if name in rows]
     best = min(eights, key=speedup.__getitem__, default=None)
+    four, fast = "mpq w4a8" in rows, "mpq w8a8-fast" in rows
     return {
         "ms": {name: round(statistics.median(row["ms"] for row in rows[name]), 4) for name in names},
         "sqnr_db": {name: rows[name][0]["sqnr_db"] for name in names},
         "bytes": {name: rows[name][0]["bytes"] for name in names},
         "speedup": speedup,
         "best_int8": best and {"name": best, "speedup": speedup[best]},
-        "w4a8_against_w8a8": ratio("mpq", "mpq w4a8"),
-        "w4a8_bytes_against_int8": best and round(rows["mpq w4a8"][0]["bytes"] / rows[best][0]["bytes"], 3),
-        "fast_against_portable": ratio("mpq", "mpq w8a8-fast"),
+        "w4a8_against_w8a8": ratio("mpq", "mpq w4a8") if four else None,
+        "w4a8_bytes_against_int8": (
+            round(rows["mpq w4a8"][0]["bytes"] / rows[best][0]["bytes"], 3) if best and four else None
+        ),
+        "fast_against_portable": ratio("mpq", "mpq w8a8-fast") if fast else None,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--ours", nargs="+", choices=OURS, default=list(OURS), help="artifacts, w8a8 first")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--jobs", type=int, default=2, help="to compile with")
@@ -170,12 +177,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="for models and artifacts, kept between calls (default: temporary)")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where results go; those of other models stay")
     options = parser.parse_args()
+    if options.ours[0] != next(iter(OURS)):
+        parser.error(f"--ours begins with {next(iter(OURS))}, which peers are held against")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = options.folder or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for name in options.model:
-            row = measure(name, folder, options.runs, options.rounds, options.against.split(","), options.jobs)
+            against = options.against.split(",")
+            row = measure(name, folder, options.ours, options.runs, options.rounds, against, options.jobs)
             told = {key: row[key] for key in ("best_int8", "w4a8_against_w8a8", "fast_against_portable", "compile_s")}
             print(f"{name}: {json.dumps(told)}", flush=True)
             known = json.loads(options.json.read_text()) if options.json.exists() else {}

@@ -106,6 +106,21 @@ def test_nan_spoils_what_depends_on_it_only(which: int, kind: str, tiles: str) -
     assert same_bits(y[~spoiled], whole[~spoiled])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_query_depends_on_those_beside_it(kind: str, tiles: str) -> None:
+    """Not when its maximum moves, either, which in bfloat16 is done for those alone whose own did."""
+    name = "several blocks of keys, the last smaller, an odd number of vectors"
+    inputs = inputs_of(PROBLEMS[name])
+    inputs[1] = inputs[1] * np.geomspace(0.05, 20.0, PROBLEMS[name].keys, dtype=np.float32)[None, :, None]
+    whole = _run(name, inputs, kind, tiles)
+    others = np.arange(PROBLEMS[name].queries) != 5
+    for factor in (np.nan, 0.0, 10.0):
+        query = inputs[0].copy()
+        query[:, 5] *= np.float32(factor)
+        y = _run(name, [query, *inputs[1:]], kind, tiles)
+        assert same_bits(y[:, others], whole[:, others]) and not same_bits(y[:, 5], whole[:, 5])
+
+
 @pytest.mark.parametrize("change", [{"keys": 77}, {"dim": 40}])
 def test_registers_multiply_what_is_no_whole_tile(change: dict[str, int]) -> None:
     """Keys and values are made ready for those who read them: both kernels decide alike."""

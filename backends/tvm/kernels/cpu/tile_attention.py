@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial, reduce
 from itertools import groupby
 
+from tvm import tirx
 from tvm.ir import Expr
 from tvm.script.ir_builder import tirx as T
 
@@ -26,7 +27,7 @@ from mpq_compiler.backends.tvm.kernels.common.template import (
     store,
     transpose,
 )
-from mpq_compiler.backends.tvm.kernels.common.vmath import as_float, as_int, i32, keep, mul
+from mpq_compiler.backends.tvm.kernels.common.vmath import as_float, as_int, exp2_nonpositive, f32, i32, keep, mul
 from mpq_compiler.backends.tvm.kernels.cpu import amx
 from mpq_compiler.backends.tvm.kernels.cpu.attention import each_tile
 from mpq_compiler.backends.tvm.kernels.cpu.isa import AMX, TILE_BYTES, TILE_ROWS, Isa
@@ -67,7 +68,7 @@ def fits(problem: FastAttention | Ready, isa: Isa) -> bool:
 
 
 def block_of(problem: FastAttention | Ready) -> int:
-    """Keys of a block."""
+    """Keys of a block, of which values lie together; in 8 bits its scores share a scale."""
     return KEY_BLOCK if problem.numerics == INT8 else BLOCK
 
 
@@ -118,6 +119,7 @@ class TileCodesReady(_TilesReady, CodesReady):
 
 
 Action = Callable[[], None]
+"""What emits something."""
 Work = tuple[Index, int, Callable[[Index, int], None]]
 """The number of its first unit, how many there are, and what emits so many from one on."""
 
@@ -150,7 +152,7 @@ class _Beside:
 
 
 def _each_pair(extent: int, works: Sequence[Work], body: Callable[..., None]) -> None:
-    """Calls ``body(start, count, *works)`` for pairs of tiles that partition a range, each with its part of the work.
+    """Calls ``body(start, count, works)`` for pairs of tiles that partition a range, each with its part of the work.
 
     What does not divide comes behind them.
     """
@@ -409,15 +411,28 @@ class TileBfloat16(_Tiles, Bfloat16):
     def _begin_score(self, t: int, i: int, j: int) -> None:
         amx.zero(t)
 
+    def _grew(self, new: Buffer, j: int, yes: Expr, no: Expr) -> Expr:
+        """What of ``yes`` and ``no`` is for the queries of vector j: did their maximum grow by much? NaN did."""
+        at = self._at(0, j)
+        return tirx.Select(new[at] - self.highest[at] <= f32(SLACK, LANES), no, yes)
+
     def _begin_weights(self, new: Buffer, some: range) -> None:
-        """Moves the maximum, where it grew by much: a weight may be 2^`SLACK`, and as precise."""
-        grown = [keep(new[self._at(0, j)] - self.highest[self._at(0, j)]) for j in some]
-        with T.If(fold(reduce(larger, grown), larger) > T.float32(SLACK)), T.Then():
+        """Moves the maximum of queries where it grew by much: a weight may be 2^`SLACK`, and is as precise."""
+        moving = [self._grew(new, j, i32(1, LANES), i32(0, LANES)) for j in some]
+        with T.If(fold(keep(reduce(tirx.bitwise_or, moving)), tirx.bitwise_or) > 0), T.Then():
             super()._begin_weights(new, some)
             with T.serial(0, self.problem.dim) as d:
                 for j in some:
                     at = self._at(d, j)
                     store(self.out, mul(self.out[at], self.rescale[self._at(0, j)]), at)
+
+    def _rescale(self, new: Buffer, some: range) -> None:
+        """As always where the maximum grew by much, else by one: no query depends on those beside it."""
+        for j in some:
+            at = self._at(0, j)
+            factor = keep(exp2_nonpositive(self.highest[at] - new[at]))
+            store(self.rescale, self._grew(new, j, factor, f32(1.0, LANES)), at)
+            store(self.highest, self._grew(new, j, new[at], self.highest[at]), at)
 
     def _begin_value(self, t: int, at: Index) -> None:
         amx.load(t, self.out, at, 4 * self.width)
