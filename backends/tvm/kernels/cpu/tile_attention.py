@@ -427,7 +427,7 @@ class TileBfloat16(_Tiles, Bfloat16):
                     store(self.out, mul(self.out[at], self.rescale[self._at(0, j)]), at)
 
     def _rescale(self, new: Buffer, some: range) -> None:
-        """As always where the maximum grew by much, else by one: no query depends on those beside it."""
+        """The factor of queries whose maximum grew by much, else one: no query depends on those beside it."""
         for j in some:
             at = self._at(0, j)
             factor = keep(exp2_nonpositive(self.highest[at] - new[at]))
